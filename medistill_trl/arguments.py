@@ -1,0 +1,203 @@
+"""The part of a recipe that every method shares. Plain dataclasses: importing them loads no torch.
+
+Method-specific keys stand in `medistill_trl/methods/<name>.py`, training keys (learning rate, batch
+size, ...) in the TRL and Transformers classes those extend. `schema.py` reads all of them.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StudentArguments:
+    """The model that learns, and how it is loaded and adapted."""
+
+    LIMITS = {  # see schema.py
+        "lora_r": {"min": 1},
+        "lora_alpha": {"min": 1},
+        "lora_dropout": {"min": 0, "below": 1},
+    }
+
+    student_model: str = field(
+        metadata={
+            "help": "Hub id, local folder, .gguf file, or `package:NAME/FILE.gguf` for a model that an "
+            "installed Python package carries."
+        }
+    )
+    student_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the student on the hub."}
+    )
+    student_keep_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Depth pruning: keep only these decoder layers of `student_model`, counted from 0. "
+            "null keeps all of them."
+        },
+    )
+    student_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Dtype of the student's weights and, when quantised, of its computation.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    student_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the student in 4-bit (bitsandbytes, QLoRA)."}
+    )
+    student_load_in_8bit: bool = field(
+        default=False, metadata={"help": "Load the student in 8-bit (bitsandbytes, LLM.int8)."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4",
+        metadata={"help": "4-bit data type, of both models.", "choices": ["nf4", "fp4"]},
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Quantise the 4-bit scales too, of both models."}
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention of both models.",
+            "choices": ["sdpa", "eager", "flash_attention_2"],
+        },
+    )
+    use_lora: bool = field(
+        default=True, metadata={"help": "Train a LoRA adapter; false trains all weights."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Adapter scale: its output is multiplied by alpha / r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the adapted modules; null adapts every linear layer but the head."
+        },
+    )
+
+
+@dataclass
+class TeacherArguments:
+    """The frozen model that is distilled, and how its completions are drawn."""
+
+    LIMITS = {  # see schema.py
+        "teacher_max_new_tokens": {"min": 1},
+        "teacher_temperature": {"min": 0},
+        "teacher_top_p": {"above": 0, "max": 1},
+        "teacher_top_k": {"min": 0},
+        "teacher_batch_size": {"min": 1},
+    }
+
+    teacher_model: str = field(
+        metadata={
+            "help": "As `student_model`: hub id, folder, .gguf file or `package:NAME/FILE.gguf`."
+        }
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the hub."}
+    )
+    teacher_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Dtype of the teacher's weights and, when quantised, of its computation.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the teacher in 4-bit."}
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False, metadata={"help": "Load the teacher in 8-bit."}
+    )
+    teacher_completions: str = field(
+        default="online",
+        metadata={
+            "help": "online: the teacher writes each accumulation window's completions as it is trained "
+            "on. stored: every completion is drawn once, kept in `completion_store` and reused.",
+            "choices": ["online", "stored"],
+        },
+    )
+    completion_store: str = field(
+        default="outputs/completions.sqlite",
+        metadata={"help": "SQLite file of stored completions, shared by all runs and methods."},
+    )
+    teacher_max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest completion, in teacher tokens."}
+    )
+    teacher_temperature: float = field(
+        default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."}
+    )
+    teacher_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
+    teacher_top_k: int = field(
+        default=0, metadata={"help": "Sample among the k likeliest tokens; 0 means all."}
+    )
+    teacher_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts per generation. null: online a whole accumulation window in one batch, "
+            "stored and held-out 16.",
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Prompts: JSONL rows with `id`, `source`, `question`, `reference` and optionally `answer`."""
+
+    LIMITS = {  # see schema.py
+        "max_prompt_tokens": {"min": 1},
+        "max_train_samples": {"min": 1},
+    }
+
+    train_file: str = field(metadata={"help": "JSONL of training prompts."})
+    validation_file: str = field(metadata={"help": "JSONL of prompts the student never trains on."})
+    on_bad_row: str = field(
+        default="fail",
+        metadata={
+            "help": "A broken line, a missing column, a wrong type or a prompt over the limit: fail "
+            "names them all and stops, skip leaves them out, counted and named.",
+            "choices": ["fail", "skip"],
+        },
+    )
+    max_prompt_tokens: int = field(
+        default=512, metadata={"help": "Longest prompt, in tokens of either model."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first N rows of `train_file`."}
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Instruction placed before every question, for both models."},
+    )
+
+
+@dataclass
+class RunArguments:
+    """Which method runs, and what happens around training."""
+
+    LIMITS = {  # see schema.py
+        "heldout_prompts": {"min": 1},
+    }
+
+    method: str = field(metadata={"help": "Name of a module in medistill_trl/methods."})
+    heldout_prompts: int = field(
+        default=64,
+        metadata={
+            "help": "Validation prompts in the fidelity check before and after training, and at each "
+            "evaluation.",
+        },
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Continue the run in `output_dir` from its newest checkpoint."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Check everything, print recipe, memory plan and one example, then stop."
+        },
+    )
+
+
+SHARED = (RunArguments, StudentArguments, TeacherArguments, DataArguments)
+TRANSIENT = ("resume", "dry_run")  # how this launch behaves, not what the run is

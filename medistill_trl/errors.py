@@ -1,0 +1,17 @@
+"""Errors a user can act on. Everything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """A mistake outside the code: a wrong recipe, a missing file, an unreachable model.
+
+    The message says what happened, where, and what to do. The entry point prints it without a
+    traceback and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """Training itself went wrong or was stopped; what was saved is intact."""
+
+    exit_code = 1

@@ -1,0 +1,49 @@
+"""The ten methods, one module (or folder) each.
+
+A method module defines one `*Config` dataclass (its delta over the TRL config), a subclass of its TRL
+trainer, and `METHOD`. Nothing is registered anywhere else: the file's name is the method's name.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from medistill_trl.errors import UserError
+from medistill_trl.recipe import methods
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from medistill_trl.setting import Setting
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the pipeline needs to know of a method.
+
+    Args:
+        name: As in the recipe.
+        config: Dataclass of the method's training arguments, extending a TRL config.
+        teacher_access: `black_box` needs text only and works across tokenizers; `white_box` needs the
+            teacher's logits or hidden states for the student's tokens.
+        build: From everything that is loaded to a trainer ready to train.
+        paper: Where the objective comes from.
+    """
+
+    name: str
+    config: type
+    teacher_access: Literal["black_box", "white_box"]
+    build: "Callable[[Setting], Trainer]"
+    paper: str
+
+
+def load(name: str) -> Method:
+    """Import `medistill_trl.methods.<name>` and return its `METHOD`.
+
+    Raises:
+        UserError: no such method. An error inside the module is not caught.
+    """
+    if name not in methods():
+        raise UserError(f"method {name!r} does not exist; one of {', '.join(methods())}")
+    return importlib.import_module(f"{__name__}.{name}").METHOD

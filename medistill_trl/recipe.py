@@ -1,0 +1,377 @@
+"""Recipes: YAML files and flags → one checked dictionary. Nothing here imports torch.
+
+Later files win over earlier ones, flags win over files. Every problem in every file is reported at
+once, with file and line, so that one round of editing is enough.
+"""
+
+import difflib
+import math
+import pkgutil
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medistill_trl.arguments import SHARED, TRANSIENT
+from medistill_trl.errors import UserError
+from medistill_trl.recipe_rules import (
+    INHERITED_LIMITS,
+    REFUSED,
+    SECRET_KEY,
+    SECRET_VALUE,
+    cautions,
+    conflicts,
+)
+from medistill_trl.schema import REQUIRED, Field, config_class_name, read_fields, read_own_fields
+
+
+class RecipeError(UserError):
+    """All problems of a recipe, one per line."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key as someone wrote it.
+
+    Args:
+        where: `file:line`, or the flag.
+        text: The text of a flag before it was read as YAML.
+    """
+
+    key: str
+    value: Any
+    where: str
+    text: str | None = None
+
+    def say(self, problem: str) -> str:
+        """A problem with this entry, as the user reads it."""
+        return (
+            f"{self.where}: {problem}"
+            if self.text is not None
+            else f"{self.where}: {self.key}: {problem}"
+        )
+
+    def fitted(self, schema: dict[str, Field]) -> "Entry":
+        """A flag has no quotes and no brackets: `--run_name 7` is a text, `--x a` may be a list."""
+        types = schema[self.key].types if self.key in schema else frozenset()
+        if self.text is None or not types or type(self.value).__name__ in types:
+            return self
+        if isinstance(self.value, list):
+            return self
+        if "str" in types and self.value is not None:
+            return replace(self, value=self.text)
+        if "list" in types and self.value is not None:
+            return replace(self, value=[self.value])
+        return self
+
+
+@dataclass
+class Recipe:
+    """A checked recipe.
+
+    Args:
+        values: Every key given, plus the defaults of this project's own keys.
+        warnings: What works but is probably not meant, one line each.
+    """
+
+    values: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory: `output_dir`, or outputs/<method>_<run_name>."""
+        given = self.values.get("output_dir")
+        name = f"{self.values['method']}_{self.values.get('run_name') or 'default'}"
+        return Path(given) if given else Path("outputs") / name
+
+    def resolved(self) -> dict[str, Any]:
+        """What is saved with the run: feeding it back reproduces the run."""
+        kept = {key: value for key, value in self.values.items() if key not in TRANSIENT}
+        return dict(sorted({**kept, "output_dir": str(self.output_dir)}.items()))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(
+            self.resolved(), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+        )
+
+
+def load(arguments: list[str]) -> Recipe:
+    """Read `recipe.yaml [overlay.yaml ...] [--key value ...]`.
+
+    Raises:
+        RecipeError: naming every problem found.
+    """
+    paths, flags = split_arguments(arguments)
+    problems: list[str] = []
+    if not paths:
+        raise RecipeError(
+            ["no recipe given: name at least one YAML file, such as recipes/sft.yaml"]
+        )
+    layers = [_read_file(path, problems) for path in paths]
+    layers.append(_read_flags(flags, problems))
+    method = next(
+        (entry for layer in reversed(layers) for entry in layer if entry.key == "method"), None
+    )
+    schema, own_defaults = _schema_for(method, problems)
+    layers = [[entry.fitted(schema) for entry in layer] for layer in layers]
+    winners = {entry.key: entry for layer in layers for entry in layer}
+    warnings: list[str] = []
+    if schema:
+        for layer in layers:
+            for entry in layer:
+                problems.extend(entry.say(text) for text in _check(entry, schema))
+        _check_whole(winners, schema, problems, warnings)
+    if problems:
+        raise RecipeError(problems)
+    given = {key: entry.value for key, entry in winners.items()}
+    return Recipe(values={**own_defaults, **given}, warnings=warnings)
+
+
+def methods() -> list[str]:
+    """Names of the methods that exist: the modules of `medistill_trl/methods`."""
+    folder = Path(__file__).parent / "methods"
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Recipe files come first, flags after them."""
+    first_flag = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
+    return arguments[:first_flag], arguments[first_flag:]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, `no` and `off` are words."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, rx) for tag, rx in pairs if not tag.endswith((":bool", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read_file(path: str, problems: list[str]) -> list[Entry]:
+    if not path.endswith((".yaml", ".yml")):
+        problems.append(f"{path}: not a recipe; name YAML files first and options as --key value")
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror})")
+        return []
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: not UTF-8 text (byte {error.start})")
+        return []
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problems.append(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}")
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        problems.append(f"{path}: must be a mapping of `key: value` lines")
+        return []
+    _find_duplicates(root, path, problems)
+    entries = []
+    for key_node, value_node in root.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        try:
+            key = loader.construct_object(key_node, deep=True)
+            value = loader.construct_object(value_node, deep=True)
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            problems.append(f"{where}: {getattr(error, 'problem', None) or error}")
+            continue
+        if not isinstance(key, str):
+            problems.append(f"{where}: keys are words, got {key!r}")
+            continue
+        entries.append(Entry(key, value, where))
+    return entries
+
+
+def _find_duplicates(node: yaml.Node, path: str, problems: list[str]) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _find_duplicates(item, path, problems)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first_line: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if isinstance(key_node, yaml.ScalarNode):
+            if key_node.value in first_line:
+                problems.append(
+                    f"{path}:{line}: {key_node.value}: given twice, first in line "
+                    f"{first_line[key_node.value]}; keep one"
+                )
+            first_line.setdefault(key_node.value, line)
+        _find_duplicates(value_node, path, problems)
+
+
+def _read_flags(flags: list[str], problems: list[str]) -> list[Entry]:
+    """`--key value`, `--key=value`, `--key a b` (a list) and `--key` alone (true)."""
+    entries: list[Entry] = []
+    position = 0
+    while position < len(flags):
+        key, separator, attached = flags[position][2:].partition("=")
+        position += 1
+        texts = [attached] if separator else []
+        while not separator and position < len(flags) and not flags[position].startswith("--"):
+            texts.append(flags[position])
+            position += 1
+        key = key.replace("-", "_")
+        if any(entry.key == key for entry in entries):
+            problems.append(f"--{key}: given twice; keep one")
+        try:
+            parsed = [yaml.load(text, Loader=_Loader) for text in texts]  # a SafeLoader
+        except yaml.YAMLError as error:
+            problems.append(f"--{key}: cannot be read: {getattr(error, 'problem', None) or error}")
+            continue
+        value = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        text = " ".join(texts)
+        entries.append(Entry(key, value, f"--{key}", text))
+    return entries
+
+
+# --- checking --------------------------------------------------------------------------------------
+
+
+def _schema_for(
+    method: Entry | None, problems: list[str]
+) -> tuple[dict[str, Field], dict[str, Any]]:
+    """Every key of a recipe for this method, and the defaults of those this project defines."""
+    if method is None:
+        problems.append(f"no `method` given: one of {', '.join(methods())}")
+        return {}, {}
+    if method.value not in methods():
+        problems.append(
+            f"{method.where}: method: {method.value!r} does not exist; one of {', '.join(methods())}"
+        )
+        return {}, {}
+    module = f"medistill_trl.methods.{method.value}"
+    config = config_class_name(module)
+    own = read_own_fields(module, config)
+    for arguments in SHARED:
+        own.update(read_fields(arguments.__module__, arguments.__name__))
+    defaults = {name: item.default for name, item in own.items() if item.default is not REQUIRED}
+    return {**read_fields(module, config), **own}, defaults
+
+
+def _check(entry: Entry, schema: dict[str, Field]) -> list[str]:
+    """What is wrong with one entry by itself."""
+    key, value = entry.key, entry.value
+    if SECRET_VALUE.search(str(value)) or (SECRET_KEY.search(key) and key not in schema):
+        return [
+            "looks like a secret, and a recipe is saved with the run; remove it and log in instead"
+        ]
+    if key in REFUSED:
+        return [f"not supported: {REFUSED[key]}"]
+    if key not in schema:
+        close = difflib.get_close_matches(key, schema, n=1)
+        return ["unknown key" + (f"; did you mean {close[0]}?" if close else "")]
+    expected = schema[key]
+    if problem := _type_problem(value, expected):
+        return [problem]
+    if expected.choices and value is not None and value not in expected.choices:
+        names = [str(choice) for choice in expected.choices]
+        close = difflib.get_close_matches(str(value), names, n=3)
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close and len(names) > 6
+            else f"one of {', '.join(names)}"
+        )
+        return [f"{value!r} is not a choice; {hint}"]
+    return _limit_problems(value, {**INHERITED_LIMITS.get(key, {}), **expected.limits})
+
+
+def _type_problem(value: Any, expected: Field) -> str | None:
+    kind = "none" if value is None else type(value).__name__
+    accepted = expected.types
+    if not accepted or kind in accepted or (kind == "int" and "float" in accepted):
+        if kind == "list" and expected.item_types:
+            wrong = [item for item in value if type(item).__name__ not in expected.item_types]
+            if wrong:
+                return f"items must be {_words(expected.item_types)}, got {wrong[0]!r}"
+        return None
+    if kind not in {"int", "float", "bool", "str", "list", "dict", "none"}:
+        return f"must be {_words(accepted)}, got {value!r} (a {kind}; quote it if a text is meant)"
+    hint = ""
+    if kind == "str" and accepted & {"int", "float"} and re.fullmatch(r"[-+\d.eE_]+", value):
+        hint = "; remove the quotes"
+    return f"must be {_words(accepted)}, got {value!r}{hint}"
+
+
+def _words(types: frozenset[str]) -> str:
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a text",
+        "list": "a list",
+        "dict": "a mapping",
+        "none": "null",
+    }
+    return " or ".join(text for name, text in names.items() if name in types)
+
+
+def _limit_problems(value: Any, limits: dict[str, float]) -> list[str]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return []
+    if not math.isfinite(value):
+        return [f"must be finite, got {value}"]
+    tests = {
+        "min": (value >= limits.get("min", value), "at least"),
+        "max": (value <= limits.get("max", value), "at most"),
+        "above": ("above" not in limits or value > limits["above"], "above"),
+        "below": ("below" not in limits or value < limits["below"], "below"),
+    }
+    return [
+        f"must be {words} {limits[name]}, got {value}"
+        for name, (ok, words) in tests.items()
+        if not ok
+    ]
+
+
+def _check_whole(
+    winners: dict[str, Entry], schema: dict[str, Field], problems: list[str], warnings: list[str]
+) -> None:
+    """What only the merged recipe shows: missing keys, contradictions, files that are not there."""
+    problems.extend(
+        f"{name}: required, and given in no file: {item.help}"
+        for name, item in schema.items()
+        if item.default is REQUIRED and name not in winners
+    )
+    values = {name: item.default for name, item in schema.items() if item.default is not REQUIRED}
+    for key, entry in winners.items():
+        if key in schema and _type_problem(entry.value, schema[key]) is None:
+            values[key] = entry.value
+    for found, rules in ((problems, conflicts), (warnings, cautions)):
+        for key, text in rules(values):
+            found.append(winners[key].say(text) if key in winners else f"{key}: {text}")
+    for key in ("train_file", "validation_file"):
+        if isinstance(values.get(key), str) and not Path(values[key]).is_file():
+            problems.append(
+                winners[key].say(
+                    f"no file {values[key]} below {Path.cwd()}; the packaged sample is "
+                    "data_prep/sample/processed/train.jsonl and validation.jsonl"
+                )
+            )

@@ -1,0 +1,126 @@
+"""Rules of a recipe that no single field can state: inherited limits, refused keys, conflicts.
+
+Plain data and functions without torch, so that a wrong recipe is refused before anything loads.
+"""
+
+import re
+from collections.abc import Iterator
+
+# Limits of keys inherited from Transformers and TRL, which declare none themselves.
+INHERITED_LIMITS: dict[str, dict[str, float]] = {
+    "learning_rate": {"above": 0},
+    "per_device_train_batch_size": {"min": 1},
+    "per_device_eval_batch_size": {"min": 1},
+    "gradient_accumulation_steps": {"min": 1},
+    "num_train_epochs": {"above": 0},
+    "max_steps": {"min": -1},
+    "warmup_steps": {"min": 0},
+    "weight_decay": {"min": 0},
+    "max_grad_norm": {"min": 0},
+    "adam_beta1": {"min": 0, "below": 1},
+    "adam_beta2": {"min": 0, "below": 1},
+    "adam_epsilon": {"above": 0},
+    "label_smoothing_factor": {"min": 0, "below": 1},
+    "logging_steps": {"above": 0},
+    "eval_steps": {"above": 0},
+    "save_steps": {"above": 0},
+    # One checkpoint is always being replaced; resuming needs a second one that is whole.
+    "save_total_limit": {"min": 2},
+    "max_length": {"min": 2},
+    "seed": {"min": 0, "max": 2**32 - 1},
+    "data_seed": {"min": 0, "max": 2**32 - 1},
+    "dataloader_num_workers": {"min": 0},
+}
+
+# Keys the parent classes accept and this project does not, with what to do instead.
+REFUSED = {
+    "hub_token": "a recipe is saved with the run and may be shared; log in with `hf auth login` instead",
+    "push_to_hub": "training never uploads; push the finished adapter afterwards",
+    "resume_from_checkpoint": "use --resume, which picks the newest checkpoint that is whole",
+    "auto_find_batch_size": "it changes the effective batch, so methods are no longer comparable; set "
+    "per_device_train_batch_size and gradient_accumulation_steps",
+    "logging_nan_inf_filter": "a NaN or infinite loss stops the run here and is never hidden",
+    "ignore_data_skip": "a resumed run must see the data an uninterrupted one would",
+    "save_only_model": "a checkpoint without optimizer and RNG state cannot be resumed exactly",
+    "model_init_kwargs": "use the student_* keys",
+    "chat_template_path": "each model keeps its own chat template",
+    "dataset_text_field": "the columns of a prompt file are fixed: id, source, question, reference, answer",
+    "dataset_kwargs": "the data is prepared by the method",
+    "eos_token": "set it in the model's own tokenizer",
+    "pad_token": "a pad token other than EOS is chosen at load and reported",
+    "packing": "completions are written during training and are not packed",
+    "eval_packing": "completions are not packed",
+    "padding_free": "completions are padded, which every attention implementation supports",
+    "remove_unused_columns": "the method needs the prompt columns",
+    "do_train": "running a recipe trains",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use eval_strategy",
+    "local_rank": "the launcher sets it",
+    "skip_memory_metrics": "peak memory is always recorded",
+}
+
+# Hub tokens, and keys that look as if they held a credential.
+SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})\b"
+)
+SECRET_KEY = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
+
+
+def conflicts(values: dict) -> Iterator[tuple[str, str]]:
+    """Yield `(key, problem)` for keys that contradict each other.
+
+    Args:
+        values: Key → value of the merged recipe; keys left out have their defaults filled in where
+            the shared argument classes know them.
+    """
+    for role in ("student", "teacher"):
+        if values.get(f"{role}_load_in_4bit") and values.get(f"{role}_load_in_8bit"):
+            yield (
+                f"{role}_load_in_8bit",
+                f"conflicts with {role}_load_in_4bit: a model is loaded one way; set one to false",
+            )
+    quantised = values.get("student_load_in_4bit") or values.get("student_load_in_8bit")
+    if quantised and values.get("use_lora") is False:
+        yield (
+            "use_lora",
+            "quantised weights cannot be trained: set use_lora: true, or load unquantised",
+        )
+    if values.get("bf16") and values.get("fp16"):
+        yield "fp16", "conflicts with bf16: choose one"
+    if (values.get("num_completions") or 1) > 1:
+        if values.get("teacher_temperature") == 0:
+            yield (
+                "num_completions",
+                "greedy completions of one prompt are all alike: raise teacher_temperature",
+            )
+        if values.get("teacher_completions") == "online":
+            yield "num_completions", "needs teacher_completions: stored; online draws one per visit"
+    prompt, new, total = (
+        values.get(key) for key in ("max_prompt_tokens", "teacher_max_new_tokens", "max_length")
+    )
+    if None not in (prompt, new, total) and prompt + new > total:
+        yield (
+            "max_length",
+            f"is {total}, less than max_prompt_tokens + teacher_max_new_tokens = {prompt} + {new}: "
+            "completions would be cut",
+        )
+    if values.get("max_steps") == 0:
+        yield "max_steps", "must be positive, or -1 to train for num_train_epochs"
+    layers = values.get("student_keep_layers")
+    if layers is not None and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
+        yield "student_keep_layers", "must list layers once each, in ascending order from 0"
+
+
+def cautions(values: dict) -> Iterator[tuple[str, str]]:
+    """Yield `(key, warning)` for what works but is probably not meant."""
+    if values.get("teacher_temperature") == 0:
+        for key, neutral in (("teacher_top_p", 1.0), ("teacher_top_k", 0)):
+            if values.get(key) != neutral:
+                yield key, "has no effect on greedy decoding (teacher_temperature: 0)"
+    if values.get("trust_remote_code"):
+        yield "trust_remote_code", "runs Python code from the model's repository on this machine"
+    if values.get("student_dtype") == "float16" and not values.get("fp16"):
+        yield (
+            "student_dtype",
+            "float16 weights without fp16: true train without loss scaling and may underflow",
+        )
