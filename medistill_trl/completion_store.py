@@ -1,0 +1,188 @@
+"""Every teacher completion drawn once: a content-addressed SQLite file that survives a kill.
+
+A completion is addressed by the teacher's exact weights, the rendered prompt, the sampling settings
+and the sample index. Any run or method that asks for the same address gets the same text, and the
+second run makes no teacher call. Each batch is one transaction: after a kill at most the batch in the
+making is drawn again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from medistill_trl.errors import UserError
+from medistill_trl.teacher import Completion, Sampling, Teacher
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS completions (
+    key          TEXT PRIMARY KEY,
+    teacher      TEXT NOT NULL,
+    prompt       TEXT NOT NULL,
+    sampling     TEXT NOT NULL,
+    sample_index INTEGER NOT NULL,
+    text         TEXT NOT NULL,
+    token_ids    TEXT NOT NULL,
+    finished     INTEGER NOT NULL,
+    created      REAL NOT NULL
+)
+"""
+DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is wanted."""
+
+    prompt: str
+    sample_index: int
+    key: str
+
+
+class CompletionStore:
+    """Completions on disk.
+
+    Args:
+        path: SQLite file; made, with its folder, if it does not exist.
+
+    Raises:
+        UserError: the file exists and is not a completion store.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The default rollback journal, not WAL: it is as safe, and works on network file systems.
+        self._database = sqlite3.connect(self.path, timeout=120)
+        try:
+            with self._database:
+                self._database.execute(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"completion store {self.path}: {error}; move the file away or set completion_store to "
+                "another path"
+            ) from error
+
+    def __len__(self) -> int:
+        return self._database.execute("SELECT count(*) FROM completions").fetchone()[0]
+
+    def draw(
+        self,
+        teacher: Teacher,
+        prompts: list[str],
+        sampling: Sampling,
+        num_samples: int = 1,
+        batch_size: int | None = None,
+        label: str = "teacher completions",
+    ) -> list[list[Completion]]:
+        """The completions of rendered prompts, drawing those that are missing.
+
+        With several processes each draws its share; runs side by side take turns, so that nothing is
+        drawn twice.
+
+        Returns:
+            For each prompt its `num_samples` completions.
+        """
+        requests = [
+            [_request(teacher, prompt, sampling, index) for index in range(num_samples)]
+            for prompt in prompts
+        ]
+        state = PartialState()
+        with self._turn(state):
+            missing = self._missing(request for group in requests for request in group)
+            share = missing[state.process_index :: state.num_processes]
+            self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
+            state.wait_for_everyone()
+        return [[self._get(request) for request in group] for group in requests]
+
+    @contextlib.contextmanager
+    def _turn(self, state: PartialState) -> Iterator[None]:
+        """One run at a time: its main process holds a lock file, the others follow its pace."""
+        with contextlib.ExitStack() as stack:
+            if state.is_main_process:
+                lock = stack.enter_context(self.path.with_name(self.path.name + ".lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.warning("waiting for another run that is filling %s", self.path)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            state.wait_for_everyone()
+            yield
+
+    def _missing(self, requests: Iterable[Request]) -> list[Request]:
+        """Requests not yet stored, longest prompt first: batches of like length waste little padding,
+        and running out of memory happens at the start, not after hours."""
+        wanted = {request.key: request for request in requests}
+        known = {key for (key,) in self._database.execute("SELECT key FROM completions")}
+        missing = [request for key, request in wanted.items() if key not in known]
+        return sorted(missing, key=lambda request: (-len(request.prompt), request.key))
+
+    def _fill(
+        self,
+        teacher: Teacher,
+        missing: list[Request],
+        sampling: Sampling,
+        batch_size: int,
+        label: str,
+    ) -> None:
+        if not missing:
+            return
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        progress = tqdm(
+            total=len(missing),
+            desc=label,
+            unit="completion",
+            disable=not PartialState().is_main_process,
+        )
+        with progress:
+            for batch in batches:
+                seed = int(batch[0].key[:8], 16)
+                completions = teacher.complete([r.prompt for r in batch], sampling, seed)
+                self._put(teacher, sampling, zip(batch, completions, strict=True))
+                progress.update(len(batch))
+
+    def _put(
+        self, teacher: Teacher, sampling: Sampling, drawn: Iterable[tuple[Request, Completion]]
+    ) -> None:
+        rows = [
+            (
+                request.key,
+                teacher.identity,
+                request.prompt,
+                json.dumps(sampling.to_dict(), sort_keys=True),
+                request.sample_index,
+                completion.text,
+                json.dumps(completion.token_ids),
+                completion.finished,
+                time.time(),
+            )
+            for request, completion in drawn
+        ]
+        with self._database:  # one transaction: all of the batch or none of it
+            self._database.executemany(
+                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+            )
+
+    def _get(self, request: Request) -> Completion:
+        text, token_ids, finished = self._database.execute(
+            "SELECT text, token_ids, finished FROM completions WHERE key = ?", (request.key,)
+        ).fetchone()
+        return Completion(text, json.loads(token_ids), bool(finished))
+
+
+def _request(teacher: Teacher, prompt: str, sampling: Sampling, index: int) -> Request:
+    address = json.dumps(
+        [teacher.identity, prompt, sampling.to_dict(), index], sort_keys=True, ensure_ascii=False
+    )
+    return Request(prompt, index, hashlib.sha256(address.encode()).hexdigest())

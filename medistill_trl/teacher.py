@@ -1,0 +1,169 @@
+"""What a teacher gives: completions of prompts, and logits on given tokens.
+
+Shapes: P prompt tokens, C completion tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medistill_trl.prompts import PromptFormat
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: Length limit, in the model's own tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus mass, 1 for all.
+        top_k: Likeliest tokens to choose among, 0 for all.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def generate_kwargs(self) -> dict:
+        kwargs = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            kwargs |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return kwargs
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Args:
+        text: Without special tokens.
+        token_ids: The writer's own tokens, (C,), without EOS.
+        finished: True if it ended by itself, False if cut at the length limit.
+    """
+
+    text: str
+    token_ids: list[int]
+    finished: bool
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    form: PromptFormat,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    seed: int = 0,
+) -> list[Completion]:
+    """Answer rendered prompts in one left-padded batch with a KV cache.
+
+    The global random state is left as it was, so drawing completions never shifts the dropout masks
+    of training: a resumed run and an uninterrupted one stay on the same path.
+
+    Args:
+        model: Any causal language model; its training mode is restored.
+        form: The model's prompt format, whose tokenizer encodes and decodes.
+        prompts: Rendered prompts.
+        seed: Of the draw, when sampling.
+    """
+    tokenizer = form.tokenizer
+    encoded = tokenizer.pad(
+        {"input_ids": [form.encode(prompt) for prompt in prompts]},
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        sequences = model.generate(
+            **encoded,
+            **sampling.generate_kwargs(),
+            use_cache=True,  # the training config switches it off
+            stop_strings=form.stop_strings or None,
+            tokenizer=tokenizer,
+        )
+    model.train(was_training)
+    ends = set(model.generation_config.eos_token_id)
+    prompt_length = encoded["input_ids"].shape[1]
+    return [_cut(ids, ends, form) for ids in sequences[:, prompt_length:].tolist()]
+
+
+def _cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
+    """Drop EOS, what follows it, and what follows a stop string."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    ids, finished = (ids, False) if stop is None else (ids[:stop], True)
+    tokenizer = form.tokenizer
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    found = [text.find(stop) for stop in form.stop_strings if stop in text]
+    if found:
+        text, finished = text[: min(found)], True
+        while ids and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= len(text):
+            ids = ids[:-1]
+    return Completion(text, ids, finished)
+
+
+class Teacher:
+    """The frozen model behind one interface.
+
+    Args:
+        model: Frozen causal language model.
+        tokenizer: Its own tokenizer.
+        form: Its prompt format.
+        identity: Names the exact weights, dtype and quantisation; part of every stored completion's key.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptFormat,
+        identity: str,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.form = form
+        self.identity = identity
+        self.generated_tokens = 0  # on this process, for the run record
+
+    def complete(
+        self, prompts: Sequence[str], sampling: Sampling, seed: int = 0
+    ) -> list[Completion]:
+        """Answer rendered prompts, see `complete`."""
+        completions = complete(self.model, self.form, prompts, sampling, seed)
+        self.generated_tokens += sum(len(c.token_ids) + c.finished for c in completions)
+        return completions
+
+
+@torch.no_grad()
+def completion_logits(
+    model: PreTrainedModel, prompt_ids: list[int], completion_ids: list[int]
+) -> torch.Tensor:
+    """Logits that predict each token of a completion.
+
+    Only these positions go through the output head.
+
+    Args:
+        prompt_ids: (P,), not empty.
+        completion_ids: (C,).
+
+    Returns:
+        (C, V) in the model's dtype: row t is the prediction of `completion_ids[t]`.
+    """
+    input_ids = torch.tensor([prompt_ids + completion_ids], device=model.device)
+    first = len(prompt_ids) - 1  # the last prompt token predicts the first completion token
+    positions = torch.arange(first, first + len(completion_ids), device=model.device)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits
+    return logits[0]
