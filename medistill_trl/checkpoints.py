@@ -1,0 +1,126 @@
+"""Checkpoints that can be trusted: a manifest is written last, and only a matching one is resumed.
+
+transformers writes a checkpoint file by file, takes the highest number on resume without looking
+inside, and silently continues on another path where optimizer or RNG state is missing.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+MANIFEST = "manifest.json"
+TOTALS = "totals.json"
+
+
+@dataclass
+class Totals:
+    """What a run has used, over all its launches; saved with every checkpoint.
+
+    Args:
+        seconds: Wall time of training.
+        trained: Completion tokens the loss was taken on, over all processes.
+        generated_teacher: Tokens the teacher wrote for training, over all processes.
+        generated_student: Tokens the student wrote for training, over all processes.
+    """
+
+    seconds: float = 0.0
+    trained: int = 0
+    generated_teacher: int = 0
+    generated_student: int = 0
+
+    def summed(self) -> "Totals":
+        """Totals over processes: generation is counted where it happens, the rest is global already."""
+        parts = gather_object([self])
+        return Totals(
+            seconds=self.seconds,
+            trained=self.trained,
+            generated_teacher=sum(part.generated_teacher for part in parts),
+            generated_student=sum(part.generated_student for part in parts),
+        )
+
+
+class CheckpointCallback(TrainerCallback):
+    """Completes each checkpoint: the totals, then the manifest, after every process has saved.
+
+    Args:
+        totals: A function that gives this process's totals so far.
+    """
+
+    def __init__(self, totals):
+        self.totals = totals
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        totals = self.totals().summed()
+        if PartialState().is_main_process:
+            (folder / TOTALS).write_text(json.dumps(asdict(totals)))
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and sha256 of every file of a finished checkpoint, atomically."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier attempt at the same step
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if it can."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it was never finished (no manifest)"
+    except (OSError, ValueError):
+        return "its manifest cannot be read"
+    for name, expected in content.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and one line for each newer one passed over."""
+    passed_over = []
+    for checkpoint in sorted(_numbered(folder), key=lambda path: -_number(path)):
+        reason = problem(checkpoint)
+        if reason is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: not used: {reason}")
+    return None, passed_over
+
+
+def load_totals(checkpoint: Path) -> Totals:
+    return Totals(**json.loads((checkpoint / TOTALS).read_text()))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,23 @@
+"""What reaches the terminal: our messages, progress, and nothing a user cannot act on."""
+
+import logging
+import warnings
+
+
+def set_up(main_process: bool) -> None:
+    """Send our log to the terminal, of one process, and quiet the libraries' notes to developers."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("medistill_trl").setLevel(logging.INFO if main_process else logging.ERROR)
+    # It misses an optional package that would speed up 4-bit on CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL 1.12 sets gradient_checkpointing under the name transformers 5.23 deprecates.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+
+
+def quiet_loading_bars() -> None:
+    """Switch off the bars transformers and datasets draw while loading; imports both."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

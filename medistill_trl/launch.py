@@ -1,0 +1,122 @@
+"""What stands between `accelerate launch` and the run: processes, signals, exit.
+
+`accelerate launch` has habits a user should not have to know: some configs silently start one process
+instead of two, a killed launcher leaves its child running, and any exit status but 0 becomes a Python
+traceback below the actual message.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from medistill_trl.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+def launcher() -> tuple[psutil.Process, list[str]] | None:
+    """The parent process and the arguments of `accelerate launch`, if that is what started this one."""
+    parent = psutil.Process().parent()
+    try:
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        return None
+    for index, word in enumerate(words[:4]):
+        name = Path(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return parent, words[index + 1 :]
+        if name == "accelerate" and words[index + 1 : index + 2] == ["launch"]:
+            return parent, words[index + 2 :]
+    return None
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to end this process when the launcher dies; otherwise it would train on, orphaned.
+
+    Not done under a plain `python recipes/run.py`, which may rightly outlive its shell.
+    """
+    if launcher() is not None and sys.platform == "linux":
+        _set_parent_death_signal(signal.SIGTERM)
+
+
+def leave(error: UserError) -> None:
+    """Print a user's error and exit with its code, without a traceback of ours or of the launcher's.
+
+    The launcher is stopped first: left to itself it raises CalledProcessError over the message. With
+    several processes the main one speaks, and another one only if it alone has failed.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(3)
+    print(f"\nmedistill_trl: {error}\n", file=sys.stderr, flush=True)
+    found = launcher()
+    if found is not None:
+        if sys.platform == "linux":
+            _set_parent_death_signal(0)
+        found[0].send_signal(signal.SIGUSR1)
+    sys.exit(error.exit_code)
+
+
+def _set_parent_death_signal(number: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+def requested(arguments: list[str]) -> tuple[int | None, str | None]:
+    """What the launcher was asked for.
+
+    Args:
+        arguments: Of `accelerate launch`, up to and beyond the script's name.
+
+    Returns:
+        Number of processes, and DEEPSPEED or FSDP; None for what was not said.
+    """
+    # Imported here: it loads torch, and die_with_launcher runs before the recipe is checked.
+    from accelerate.commands.config import default_config_file
+
+    options: dict[str, str] = {}
+    for index, word in enumerate(arguments):
+        if word.endswith(".py"):
+            break
+        if word.startswith("--"):
+            key, separator, value = word[2:].replace("-", "_").partition("=")
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            options[key] = value if separator else following
+    path = Path(options.get("config_file", default_config_file))
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    count = options.get("num_processes", config.get("num_processes"))
+    engine = str(config.get("distributed_type", ""))
+    if "use_deepspeed" in options:
+        engine = "DEEPSPEED"
+    if "use_fsdp" in options:
+        engine = "FSDP"
+    return int(count) if count else None, engine if engine in ("DEEPSPEED", "FSDP") else None
+
+
+def check_processes(num_processes: int, engine: str) -> None:
+    """Refuse a run on other processes than were asked for.
+
+    Args:
+        num_processes: That take part in this run.
+        engine: accelerate's distributed type of this run.
+
+    Raises:
+        UserError: naming what was asked for, what there is, and the config that works.
+    """
+    found = launcher()
+    asked, asked_engine = requested(found[1]) if found else (None, None)
+    if asked is not None and asked != num_processes:
+        raise UserError(
+            f"accelerate launch was asked for {asked} processes and started {num_processes}; on CPU use "
+            "--config_file accelerate_configs/cpu_ddp.yaml, on GPUs accelerate_configs/multi_gpu.yaml "
+            "(distributed_type MULTI_CPU and NO start one process, whatever num_processes says)"
+        )
+    if asked_engine is not None and asked_engine != engine:
+        raise UserError(
+            f"accelerate launch was asked for {asked_engine} and runs {engine}; is it installed, and does "
+            "ACCELERATE_USE_CPU or use_cpu switch it off?"
+        )

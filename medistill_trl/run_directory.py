@@ -1,0 +1,118 @@
+"""The folder of one run: its layout, and whether it may be started, resumed or is finished.
+
+recipe.yaml               the resolved recipe
+checkpoints/checkpoint-N/
+final_model/              adapter or full weights, tokenizer, model card
+results/                  run.json, held-out measurements, pictures, report
+COMPLETE                  written last; without it the run does not count as finished
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from medistill_trl.checkpoints import newest_valid
+from medistill_trl.errors import UserError
+from medistill_trl.recipe import Recipe
+
+HEADER = "# The resolved recipe of this run; running it again reproduces the run.\n"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def complete(self) -> Path:
+        return self.path / "COMPLETE"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.complete.is_file()
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what would overwrite, mix or over-train a run. Writes nothing.
+
+        Raises:
+            UserError: the run is finished; it exists and --resume was not given; --resume was given
+                and there is nothing to continue, or the recipe is not the one it was started with.
+        """
+        resume = recipe.values["resume"]
+        if self.is_complete:
+            raise UserError(
+                f"{self.path}: this run is complete and is not trained further; choose another --run_name "
+                "or --output_dir, or remove the folder"
+            )
+        if not resume and self.recipe.exists():
+            raise UserError(
+                f"{self.path}: an unfinished run is here; continue it with --resume, choose another "
+                "--run_name or --output_dir, or remove the folder"
+            )
+        if resume and not self.recipe.exists():
+            raise UserError(
+                f"{self.path}: nothing to resume, there is no run here; drop --resume to start one"
+            )
+        if resume:
+            self._check_same_recipe(recipe)
+
+    def _check_same_recipe(self, recipe: Recipe) -> None:
+        saved = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        now = yaml.safe_load(recipe.to_yaml())
+        changed = [
+            f"  {key}: {saved.get(key)!r} when started, {now.get(key)!r} now"
+            for key in sorted({*saved, *now})
+            if saved.get(key) != now.get(key) and key != "output_dir"
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path}: --resume continues the same run, but the recipe differs:\n"
+                + "\n".join(changed)
+                + f"\nResume with {self.recipe}, or start a new run under another --run_name."
+            )
+
+    def start(self, recipe: Recipe) -> None:
+        """Make the folders and save the resolved recipe."""
+        for folder in (self.checkpoints, self.results):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, HEADER + recipe.to_yaml())
+
+    def checkpoint_to_resume(self) -> tuple[Path | None, list[str]]:
+        return newest_valid(self.checkpoints)
+
+    def mark_complete(self) -> None:
+        write_text(self.complete, "training, final model and results are all written\n")
+
+    def write_result(self, name: str, content: dict) -> None:
+        write_text(self.results / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read_result(self, name: str) -> dict:
+        return json.loads((self.results / name).read_text(encoding="utf-8"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: after a kill there is the old one or the new one, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,126 @@
+"""results/run.json: what was run, on what, what it cost and what came out. Units stand in the keys."""
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from medistill_trl.checkpoints import Totals
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "medistill_trl",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+)
+
+
+def environment() -> dict:
+    """Versions, commit and device: what a number depends on besides the recipe."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "git_commit": git_commit(),
+        "device": device_name(),
+        "num_processes": PartialState().num_processes,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this checkout, with `-dirty` if tracked files were changed; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-dirty" if dirty else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def device_name() -> str:
+    device = PartialState().device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _cpu_info().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor() or platform.machine(),
+    )
+    return f"CPU, {model}, {torch.get_num_threads()} threads a process"
+
+
+def _cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def peak_memory_gb() -> dict[str, float]:
+    """Largest use of any process so far, in GB (10⁹ bytes).
+
+    Returns:
+        `peak_memory_gb`: of the accelerator, or of the process where training runs on CPU;
+        `peak_host_memory_gb`: of the process.
+    """
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    device = host
+    if PartialState().device.type == "cuda":
+        device = torch.cuda.max_memory_reserved() / 1e9
+    peaks = gather_object([(device, host)])
+    return {
+        "peak_memory_gb": round(max(p[0] for p in peaks), 3),
+        "peak_host_memory_gb": round(max(p[1] for p in peaks), 3),
+    }
+
+
+def build(
+    recipe: dict, totals: Totals, heldout: dict, data: dict, models: dict, log_history: list[dict]
+) -> dict:
+    """The record of a finished run.
+
+    Args:
+        recipe: Resolved recipe.
+        totals: Summed over processes.
+        heldout: `{"before": ..., "after": ...}` of the held-out check.
+        data: Reports of the prompt files.
+        models: Which exact weights teacher and student are.
+        log_history: The trainer's log.
+    """
+    counts = asdict(totals)
+    seconds = counts.pop("seconds")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": recipe["method"],
+        "recipe": recipe,
+        **environment(),
+        "seed": recipe.get("seed", 42),
+        "seconds": round(seconds, 1),
+        **peak_memory_gb(),
+        "tokens": counts,
+        "models": models,
+        "data": data,
+        "heldout": heldout,
+        "log_history": log_history,
+    }

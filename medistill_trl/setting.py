@@ -1,0 +1,63 @@
+"""Everything a method may use to build its trainer, loaded and checked."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.checkpoints import Totals
+from medistill_trl.completion_store import CompletionStore
+from medistill_trl.data import Prompt
+from medistill_trl.heldout import HeldoutCheck
+from medistill_trl.prompts import PromptFormat
+from medistill_trl.teacher import Sampling, Teacher
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A recipe as typed objects. `training` is the method's own config, an extension of TRL's."""
+
+    run: RunArguments
+    student: StudentArguments
+    teacher: TeacherArguments
+    data: DataArguments
+    training: SFTConfig
+
+
+@dataclass
+class Setting:
+    """The loaded pair, the data and the stores of one run.
+
+    Args:
+        arguments: The recipe.
+        student: Model to train, LoRA-wrapped if the recipe says so.
+        form: The student's prompt format; its tokenizer is the student's.
+        teacher: The frozen teacher.
+        store: Completions kept on disk.
+        train_prompts: What the student trains on.
+        heldout: The check before and after training, with the teacher's validation completions.
+        totals: Running count of what the run uses; resumed with it.
+    """
+
+    arguments: Arguments
+    student: PreTrainedModel
+    form: PromptFormat
+    teacher: Teacher
+    store: CompletionStore
+    train_prompts: list[Prompt]
+    heldout: HeldoutCheck
+    totals: Totals
+
+    @property
+    def sampling(self) -> Sampling:
+        return sampling_of(self.arguments.teacher)
+
+
+def sampling_of(args: TeacherArguments) -> Sampling:
+    return Sampling(
+        max_new_tokens=args.teacher_max_new_tokens,
+        temperature=args.teacher_temperature,
+        top_p=args.teacher_top_p,
+        top_k=args.teacher_top_k,
+    )

@@ -1,0 +1,50 @@
+"""Train what a recipe describes:
+
+    accelerate launch recipes/run.py recipes/sft.yaml [overlay.yaml ...] [--key value ...]
+
+Later files win over earlier ones, flags win over files. `--dry_run` checks everything and stops before
+training, `--resume` continues an unfinished run.
+"""
+
+import logging
+import os
+import sys
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from medistill_trl import console, launch, recipe
+from medistill_trl.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    launch.die_with_launcher()
+    try:
+        checked = recipe.load(
+            arguments
+        )  # before torch is imported: a wrong recipe is refused at once
+        main_process = int(os.environ.get("RANK", "0")) == 0
+        console.set_up(main_process)
+        for warning in checked.warnings:
+            logging.getLogger("medistill_trl").warning("warning: %s", warning)
+
+        from medistill_trl import pipeline
+
+        directory = pipeline.run(checked)
+        if directory is not None and main_process:
+            from eval.plots import training_curves
+            from eval.report import write_report
+
+            training_curves(directory)
+            report = write_report(directory)
+            directory.mark_complete()
+            print(f"\nfinished: {directory.path}\nreport:   {report}")
+    except UserError as error:
+        launch.leave(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
