@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,8 @@ def leave(error: UserError) -> None:
         if sys.platform == "linux":
             _set_parent_death_signal(0)
         found[0].send_signal(signal.SIGUSR1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(error.exit_code)  # a live process group would abort a normal exit
     sys.exit(error.exit_code)
 
 
@@ -66,14 +69,25 @@ def _set_parent_death_signal(number: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
 
 
-def requested(arguments: list[str]) -> tuple[int | None, str | None]:
-    """What the launcher was asked for.
+@dataclass(frozen=True)
+class Request:
+    """What the launcher was asked for; None and False for what was not said."""
 
+    num_processes: int | None = None
+    engine: str | None = None
+    use_cpu: bool = False
+
+
+def requested() -> Request:
+    """Flags and config file of the `accelerate launch` that started this process."""
+    found = launcher()
+    return read_request(found[1]) if found else Request()
+
+
+def read_request(arguments: list[str]) -> Request:
+    """
     Args:
         arguments: Of `accelerate launch`, up to and beyond the script's name.
-
-    Returns:
-        Number of processes, and DEEPSPEED or FSDP; None for what was not said.
     """
     # Imported here: it loads torch, and die_with_launcher runs before the recipe is checked.
     from accelerate.commands.config import default_config_file
@@ -90,33 +104,35 @@ def requested(arguments: list[str]) -> tuple[int | None, str | None]:
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     count = options.get("num_processes", config.get("num_processes"))
     engine = str(config.get("distributed_type", ""))
-    if "use_deepspeed" in options:
-        engine = "DEEPSPEED"
-    if "use_fsdp" in options:
-        engine = "FSDP"
-    return int(count) if count else None, engine if engine in ("DEEPSPEED", "FSDP") else None
+    for option, name in (("use_deepspeed", "DEEPSPEED"), ("use_fsdp", "FSDP")):
+        engine = name if option in options else engine
+    return Request(
+        num_processes=int(count) if count else None,
+        engine=engine if engine in ("DEEPSPEED", "FSDP") else None,
+        use_cpu="cpu" in options or bool(config.get("use_cpu")),
+    )
 
 
-def check_processes(num_processes: int, engine: str) -> None:
+def check_processes(asked: Request, num_processes: int, engine: str) -> None:
     """Refuse a run on other processes than were asked for.
 
     Args:
+        asked: Of the launcher.
         num_processes: That take part in this run.
         engine: accelerate's distributed type of this run.
 
     Raises:
         UserError: naming what was asked for, what there is, and the config that works.
     """
-    found = launcher()
-    asked, asked_engine = requested(found[1]) if found else (None, None)
-    if asked is not None and asked != num_processes:
+    if asked.num_processes is not None and asked.num_processes != num_processes:
         raise UserError(
-            f"accelerate launch was asked for {asked} processes and started {num_processes}; on CPU use "
-            "--config_file accelerate_configs/cpu_ddp.yaml, on GPUs accelerate_configs/multi_gpu.yaml "
-            "(distributed_type MULTI_CPU and NO start one process, whatever num_processes says)"
+            f"accelerate launch was asked for {asked.num_processes} processes and started "
+            f"{num_processes}; on CPU use --config_file accelerate_configs/cpu_ddp.yaml, on GPUs "
+            "accelerate_configs/multi_gpu.yaml (distributed_type MULTI_CPU and NO start one process, "
+            "whatever num_processes says)"
         )
-    if asked_engine is not None and asked_engine != engine:
+    if asked.engine is not None and asked.engine != engine:
         raise UserError(
-            f"accelerate launch was asked for {asked_engine} and runs {engine}; is it installed, and does "
+            f"accelerate launch was asked for {asked.engine} and runs {engine}; is it installed, and does "
             "ACCELERATE_USE_CPU or use_cpu switch it off?"
         )

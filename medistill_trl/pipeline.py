@@ -60,15 +60,17 @@ def run(recipe: Recipe) -> RunDirectory | None:
     console.quiet_loading_bars()
     method = methods.load(recipe.values["method"])
     directory = RunDirectory(recipe.output_dir)
-    arguments = build_arguments(recipe, method, directory)
+    asked = launch.requested()
+    arguments = build_arguments(recipe, method, directory, asked.use_cpu)
     state = PartialState()
-    launch.check_processes(state.num_processes, state.distributed_type.value)
+    launch.check_processes(asked, state.num_processes, state.distributed_type.value)
     _use_all_cores(state)
     if not arguments.run.dry_run:
         directory.check(recipe)
     loaded = load_inputs(arguments)
     if arguments.run.dry_run:
         print_plan(recipe, arguments, loaded)
+        state.destroy_process_group()
         return None
     state.wait_for_everyone()  # nobody starts the folder while another still checks it
     if state.is_main_process:
@@ -79,13 +81,23 @@ def run(recipe: Recipe) -> RunDirectory | None:
     trainer = build_trainer(method, setting)
     train(trainer, setting.totals, directory, arguments.run.resume)
     write_results(trainer, setting, directory, recipe, loaded, before)
+    state.wait_for_everyone()
+    state.destroy_process_group()  # exiting with it alive aborts the process
     return directory
 
 
-def build_arguments(recipe: Recipe, method: Method, directory: RunDirectory) -> Arguments:
-    """Typed objects from a checked recipe, built by TRL's parser."""
+def build_arguments(
+    recipe: Recipe, method: Method, directory: RunDirectory, use_cpu: bool
+) -> Arguments:
+    """Typed objects from a checked recipe, built by TRL's parser.
+
+    Building them starts the process group. With several processes and no accelerator that succeeds
+    only if `use_cpu` says so.
+    """
     parser = TrlParser((*SHARED, method.config))
     values = {**recipe.values, **FORCED, "output_dir": str(directory.checkpoints)}
+    if use_cpu or not torch.accelerator.is_available():
+        values["use_cpu"] = True
     try:
         run_, student, teacher, data, training = parser.parse_dict(values)
     except ValueError as error:

@@ -24,7 +24,14 @@ from medistill_trl.recipe_rules import (
     cautions,
     conflicts,
 )
-from medistill_trl.schema import REQUIRED, Field, config_class_name, read_fields, read_own_fields
+from medistill_trl.schema import (
+    COMPUTED,
+    REQUIRED,
+    Field,
+    config_class_name,
+    read_fields,
+    read_own_fields,
+)
 
 
 class RecipeError(UserError):
@@ -360,7 +367,11 @@ def _check_whole(
         for name, item in schema.items()
         if item.default is REQUIRED and name not in winners
     )
-    values = {name: item.default for name, item in schema.items() if item.default is not REQUIRED}
+    values = {
+        name: item.default
+        for name, item in schema.items()
+        if item.default not in (REQUIRED, COMPUTED)
+    }
     for key, entry in winners.items():
         if key in schema and _type_problem(entry.value, schema[key]) is None:
             values[key] = entry.value

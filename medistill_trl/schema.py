@@ -22,6 +22,7 @@ from typing import Any
 
 PRIMITIVES = {"int", "float", "bool", "str", "list", "dict"}
 REQUIRED = "<required>"  # stands for the default of a field that has none
+COMPUTED = "<computed>"  # stands for a default that is not a literal
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Field:
         item_types: Accepted types of the items when the value is a list; empty means any.
         choices: Accepted values, or None.
         limits: Numeric bounds, keys min, max, above, below.
-        default: The default where it is a literal, `REQUIRED` where there is none, else None.
+        default: The default where it is a literal, else `REQUIRED` or `COMPUTED`.
         help: One line for the user.
     """
 
@@ -131,28 +132,28 @@ def _read_field(path: Path, node: ast.AnnAssign, limits: dict[str, float]) -> Fi
 
 
 def _read_default(value: ast.expr | None) -> tuple[Any, dict]:
-    """Default and metadata of `= value` or `= field(...)`; what is not a literal counts as None."""
+    """Default and metadata of `= value` or `= field(...)`."""
     if value is None:
         return REQUIRED, {}
     if not (isinstance(value, ast.Call) and getattr(value.func, "id", "") == "field"):
-        return _literal(value), {}
+        return _literal(value, COMPUTED), {}
     keywords = {keyword.arg: keyword.value for keyword in value.keywords}
     metadata = {}
     if isinstance(keywords.get("metadata"), ast.Dict):
         for key, item in zip(keywords["metadata"].keys, keywords["metadata"].values, strict=True):
             metadata[_literal(key)] = _literal(item)
     if "default" in keywords:
-        return _literal(keywords["default"]), metadata
+        return _literal(keywords["default"], COMPUTED), metadata
     if "default_factory" in keywords:
-        return None, metadata
+        return COMPUTED, metadata
     return REQUIRED, metadata
 
 
-def _literal(node: ast.expr | None) -> Any:
+def _literal(node: ast.expr | None, otherwise: Any = None) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return None
+        return otherwise
 
 
 def _read_annotation(

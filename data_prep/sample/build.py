@@ -20,7 +20,7 @@ def build(out: Path) -> dict[str, int]:
     prompts: dict[str, list[dict]] = {split: [] for split in SPLIT}
     counts = {}
     for source in SOURCES:
-        records = _shuffled(_read(HERE / "raw" / f"{source}.jsonl"))
+        records = _shuffled(source, _read(HERE / "raw" / f"{source}.jsonl"))
         for split, size in SPLIT.items():
             taken, records = records[:size], records[size:]
             prompts[split] += [long_form_question(source, record) for record in taken]
@@ -35,9 +35,14 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _shuffled(records: list[dict]) -> list[dict]:
-    """In an order that depends on nothing but the records, and follows no order of theirs."""
-    return sorted(records, key=lambda r: hashlib.sha256(json.dumps(r).encode()).hexdigest())
+def _shuffled(source: str, records: list[dict]) -> list[dict]:
+    """In an order that follows no order of theirs and stays when a record's text is mended."""
+
+    def key(record: dict) -> str:
+        identity = benchmark_record(source, record)["id"]
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    return sorted(records, key=key)
 
 
 def _write(path: Path, rows: list[dict]) -> int:

@@ -1,0 +1,246 @@
+"""SFT on what the teacher writes: the estimator, the accumulation, the movement."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from medistill_trl import methods
+from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.checkpoints import Totals
+from medistill_trl.completion_store import CompletionStore
+from medistill_trl.data import Prompt
+from medistill_trl.errors import RunFailed
+from medistill_trl.guards import FiniteGuard
+from medistill_trl.heldout import HeldoutCheck
+from medistill_trl.methods.sft import SFTDistillConfig
+from medistill_trl.models import _set_generation
+from medistill_trl.prompts import PromptFormat
+from medistill_trl.setting import Arguments, Setting
+from medistill_trl.teacher import Teacher
+
+PROMPTS = [
+    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
+    for i in range(8)
+]
+
+
+def make_form(**kwargs):
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.pad_token = "<|endoftext|>"
+    return PromptFormat(tokenizer)
+
+
+def make_setting(tmp_path, teacher_form=None, teacher_changes=None, **training):
+    form = make_form()
+    teacher_form = teacher_form or form
+    teacher_model = make_model(len(teacher_form.tokenizer), seed=1).requires_grad_(False).eval()
+    _set_generation(teacher_model, teacher_form.tokenizer)
+    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
+    student = make_model(len(form.tokenizer), layers=2, seed=2)
+    store = CompletionStore(tmp_path / "c.sqlite")
+    config = SFTDistillConfig(
+        output_dir=str(tmp_path / "out"),
+        **{
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_nan_inf_filter": False,
+            **training,
+        },
+    )
+    arguments = Arguments(
+        RunArguments(method="sft"),
+        StudentArguments(student_model="s"),
+        TeacherArguments(teacher_model="t", teacher_max_new_tokens=10, **(teacher_changes or {})),
+        DataArguments(train_file="t", validation_file="v"),
+        config,
+    )
+    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
+    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
+
+
+def trained(tmp_path, **kwargs):
+    setting = make_setting(tmp_path, **kwargs)
+    trainer = methods.load("sft").build(setting)
+    before = copy.deepcopy(setting.student.state_dict())
+    trainer.train()
+    return setting, trainer, before
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(setting):
+    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+
+
+def test_the_loss_falls_the_student_moves_and_the_teacher_does_not(tmp_path):
+    setting = make_setting(tmp_path, max_steps=20, learning_rate=0.5)
+    teacher_before = copy.deepcopy(setting.teacher.model.state_dict())
+    before = weights(setting).clone()
+    trainer = methods.load("sft").build(setting)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    assert not torch.equal(weights(setting), before)
+    for name, value in setting.teacher.model.state_dict().items():
+        assert torch.equal(value, teacher_before[name]), name
+    assert all(p.grad is None for p in setting.teacher.model.parameters())
+
+
+def test_the_first_loss_is_the_cross_entropy_of_the_teachers_tokens(tmp_path):
+    """By the plain formula, over the window's completion tokens and their EOS."""
+    setting, trainer, before = trained(
+        tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1
+    )
+    student = make_model(len(setting.form.tokenizer), layers=2)
+    student.load_state_dict(before)
+    total, tokens = 0.0, 0
+    for prompt in PROMPTS:
+        text = setting.form.render(prompt.question)
+        completion = setting.teacher.complete([text], setting.sampling)[0]
+        ids = setting.form.encode(text)
+        # The student's own tokens of the teacher's text.
+        target = setting.form.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
+        target += [setting.form.tokenizer.eos_token_id] * completion.finished
+        logits = student(torch.tensor([ids + target])).logits[0].log_softmax(-1)
+        for t, token in enumerate(target):
+            total -= logits[len(ids) + t - 1, token].item()
+            tokens += 1
+    assert losses(trainer)[0] == pytest.approx(total / tokens, rel=1e-3)
+    assert setting.totals.trained == tokens
+
+
+@pytest.mark.parametrize("mode", ["online", "stored"])
+def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode):
+    """Same gradients: after one SGD step the weights agree to float tolerance."""
+    after = {}
+    for rows, steps in ((1, 8), (2, 4), (8, 1)):
+        setting, trainer, _ = trained(
+            tmp_path / f"{rows}",
+            max_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+            learning_rate=1.0,
+            teacher_changes={"teacher_completions": mode},
+        )
+        after[rows] = weights(setting), losses(trainer)[0]
+    for rows in (1, 2):
+        torch.testing.assert_close(after[rows][0], after[8][0], rtol=1e-4, atol=1e-6)
+        assert after[rows][1] == pytest.approx(after[8][1], rel=1e-4)
+
+
+def test_online_and_stored_train_alike_when_greedy(tmp_path):
+    runs = {
+        mode: trained(tmp_path / mode, max_steps=4, teacher_changes={"teacher_completions": mode})
+        for mode in ("online", "stored")
+    }
+    torch.testing.assert_close(weights(runs["online"][0]), weights(runs["stored"][0]))
+    assert losses(runs["online"][1]) == pytest.approx(losses(runs["stored"][1]), rel=1e-5)
+
+
+def test_online_answers_a_whole_window_in_one_batch(tmp_path, monkeypatch):
+    setting = make_setting(tmp_path, max_steps=2)
+    sizes = []
+    original = setting.teacher.complete
+
+    def spy(prompts, sampling, seed=0):
+        sizes.append(len(prompts))
+        return original(prompts, sampling, seed)
+
+    monkeypatch.setattr(setting.teacher, "complete", spy)
+    methods.load("sft").build(setting).train()
+    assert sizes == [4, 4]
+
+
+def test_stored_asks_the_teacher_nothing_the_second_time(tmp_path):
+    stored = {"teacher_completions": "stored"}
+    first, _, _ = trained(tmp_path, teacher_changes=stored)
+    assert first.totals.generated_teacher > 0
+    second, _, _ = trained(tmp_path, teacher_changes=stored)
+    assert second.totals.generated_teacher == second.teacher.generated_tokens == 0
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_sampled_online_completions_change_from_step_to_step(tmp_path):
+    setting = make_setting(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        teacher_changes={"teacher_temperature": 1.0},
+    )
+    trainer = methods.load("sft").build(setting)
+    windows = []
+    original = trainer._write_completions
+    trainer._write_completions = lambda batches: windows.append(original(batches)) or windows[-1]
+    trainer.train()
+    assert {tuple(r.tolist()) for r in windows[0][0]["labels"]} != {
+        tuple(r.tolist()) for r in windows[1][0]["labels"]
+    }
+
+
+def test_several_samples_per_prompt_are_all_trained_on(tmp_path):
+    setting = make_setting(
+        tmp_path,
+        num_completions=3,
+        teacher_changes={"teacher_completions": "stored", "teacher_temperature": 1.0},
+    )
+    assert len(methods.load("sft").build(setting).train_dataset) == 3 * len(PROMPTS)
+
+
+def test_the_two_tokenizers_may_differ(tmp_path):
+    """A base teacher with its own tokenizer and no chat template; the student learns its text."""
+    setting, trainer, _ = trained(tmp_path, teacher_form=make_form(vocab_size=450, chat=False))
+    assert all(loss > 0 for loss in losses(trainer))
+    batch = trainer._write_completions([[trainer.train_dataset[0]]])[0]
+    labels = [token for token in batch["labels"][0].tolist() if token >= 0]
+    prompt = trainer.train_dataset[0]["teacher_prompt"]
+    completion = setting.teacher.complete([prompt], setting.sampling)[0]
+    decoded = setting.form.tokenizer.decode(labels, skip_special_tokens=True)
+    assert decoded == completion.text
+
+
+def test_evaluation_reports_a_loss(tmp_path):
+    _, trainer, _ = trained(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert all("eval_loss" in e for e in trainer.state.log_history if "eval_runtime" in e)
+    assert sum("eval_loss" in e for e in trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, value):
+    setting = make_setting(tmp_path, max_steps=3)
+    trainer = methods.load("sft").build(setting)
+    trainer.add_callback(FiniteGuard(trainer))
+    original = trainer.compute_loss
+
+    def broken(model, inputs, **kwargs):
+        loss = original(model, inputs, **kwargs)
+        bad = trainer.state.global_step == 1
+        factor = torch.tensor(value if bad else 1.0)
+        return (loss[0] * factor, loss[1]) if isinstance(loss, tuple) else loss * factor
+
+    trainer.compute_loss = broken
+    steps = []
+    optimizer_step = torch.optim.SGD.step
+    torch.optim.SGD.step = lambda self, *a, **k: steps.append(1) or optimizer_step(self, *a, **k)
+    try:
+        with pytest.raises(RunFailed, match="step 2: the loss is"):
+            trainer.train()
+    finally:
+        torch.optim.SGD.step = optimizer_step
+    assert len(steps) == 1
+    assert torch.isfinite(weights(setting)).all()

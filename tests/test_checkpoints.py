@@ -1,0 +1,65 @@
+"""Only a whole checkpoint is ever resumed."""
+
+import pytest
+
+from medistill_trl.checkpoints import MANIFEST, newest_valid, problem, write_manifest
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    for step in (4, 8, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
+            (folder / name).write_bytes(f"{name} at {step}".encode() * 50)
+        write_manifest(folder)
+    (tmp_path / "checkpoint-tmp").mkdir()
+    return tmp_path
+
+
+def test_the_newest_is_chosen(checkpoints):
+    assert newest_valid(checkpoints) == (checkpoints / "checkpoint-12", [])
+
+
+def truncate(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(folder):
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: (f / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda f: (f / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (truncate, "optimizer.pt has changed"),
+        (flip_a_bit, "adapter_model.safetensors has changed"),
+        (lambda f: (f / MANIFEST).unlink(), "never finished"),
+        (lambda f: (f / MANIFEST).write_text('{"a": '), "manifest cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_named(checkpoints, damage, reason):
+    damage(checkpoints / "checkpoint-12")
+    chosen, passed_over = newest_valid(checkpoints)
+    assert chosen == checkpoints / "checkpoint-8"
+    assert len(passed_over) == 1
+    assert "checkpoint-12: not used" in passed_over[0]
+    assert reason in passed_over[0]
+
+
+def test_saving_the_same_step_again_replaces_the_manifest(checkpoints):
+    folder = checkpoints / "checkpoint-12"
+    truncate(folder)
+    assert problem(folder)
+    write_manifest(folder)
+    assert problem(folder) is None
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert newest_valid(tmp_path) == (None, [])

@@ -1,0 +1,67 @@
+"""The exactly counted parts of the plan equal the real models."""
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from medistill_trl import memory_plan, model_source
+from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.methods.sft import SFTDistillConfig
+from medistill_trl.models import load_student, load_tokenizer
+from medistill_trl.setting import Arguments
+
+
+def parts_of(folder, tmp_path, student=None, teacher=None, **training):
+    config = SFTDistillConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **training)
+    arguments = Arguments(
+        RunArguments(method="sft"),
+        StudentArguments(student_model=str(folder), student_dtype="float32", **(student or {})),
+        TeacherArguments(teacher_model=str(folder), teacher_dtype="bfloat16", **(teacher or {})),
+        DataArguments(train_file="t", validation_file="v"),
+        config,
+    )
+    source = model_source.resolve(str(folder))
+    return memory_plan.plan(arguments, source, source), arguments, source
+
+
+def gb(parts, start):
+    return next(part.gb for part in parts if part.name.startswith(start))
+
+
+def test_weights_and_adapter_are_counted_exactly(teacher_folder, tmp_path):
+    parts, arguments, source = parts_of(teacher_folder, tmp_path, optim="adamw_torch")
+    student = load_student(source, load_tokenizer(source), arguments.student, torch.device("cpu"))
+    adapter = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    assert gb(parts, "student weights") == pytest.approx(base * 4 / 1e9)
+    assert gb(parts, "teacher weights") == pytest.approx(base * 2 / 1e9)
+    assert gb(parts, "LoRA adapter") == pytest.approx(adapter * 4 / 1e9)
+    assert gb(parts, "optimizer state") == pytest.approx(adapter * 8 / 1e9)
+
+
+def test_the_kv_cache_is_that_of_a_generation(teacher_folder, tmp_path):
+    parts, arguments, _ = parts_of(
+        teacher_folder, tmp_path, teacher={"teacher_max_new_tokens": 8, "teacher_batch_size": 3}
+    )
+    length = arguments.data.max_prompt_tokens + 8
+    model = make_model(len(make_tokenizer())).bfloat16()
+    cache = model(torch.ones(3, length, dtype=torch.long), use_cache=True).past_key_values
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert gb(parts, "teacher KV cache") == pytest.approx(measured / 1e9)
+
+
+def test_quantisation_and_checkpointing_lower_the_plan(teacher_folder, tmp_path):
+    plain, *_ = parts_of(teacher_folder, tmp_path, gradient_checkpointing=False)
+    four, *_ = parts_of(teacher_folder, tmp_path, student={"student_load_in_4bit": True})
+    eight, *_ = parts_of(teacher_folder, tmp_path, student={"student_load_in_8bit": True})
+    weights = [gb(parts, "student weights") for parts in (four, eight, plain)]
+    assert weights == sorted(weights)
+    assert len(set(weights)) == 3
+    assert gb(four, "student activations") < gb(plain, "student activations")
+
+
+def test_the_peak_is_the_larger_phase():
+    part = memory_plan.Part
+    parts = [part("w", 2, "always"), part("kv", 3, "generate"), part("act", 1, "train")]
+    assert memory_plan.peak(parts) == (5, "generate")
+    assert "5.00 GB  in phase generate" in memory_plan.to_text(parts)
