@@ -7,6 +7,7 @@ inside, and silently continues on another path where optimizer or RNG state is m
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,24 @@ class Totals:
     generated_teacher: int = 0
     generated_student: int = 0
 
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Count time from now on."""
+        self._last_lap = time.monotonic()
+
+    def lap(self) -> None:
+        """Add the time since the last lap."""
+        now = time.monotonic()
+        self.seconds += now - self._last_lap
+        self._last_lap = now
+
+    def add(self, earlier: "Totals") -> None:
+        """Continue from what earlier launches of the run have used."""
+        for name, value in asdict(earlier).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def summed(self) -> "Totals":
         """Totals over processes: generation is counted where it happens, the rest is global already."""
         parts = gather_object([self])
@@ -49,15 +68,16 @@ class CheckpointCallback(TrainerCallback):
     """Completes each checkpoint: the totals, then the manifest, after every process has saved.
 
     Args:
-        totals: A function that gives this process's totals so far.
+        totals: Of this process.
     """
 
-    def __init__(self, totals):
+    def __init__(self, totals: Totals):
         self.totals = totals
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        totals = self.totals().summed()
+        self.totals.lap()
+        totals = self.totals.summed()
         if PartialState().is_main_process:
             (folder / TOTALS).write_text(json.dumps(asdict(totals)))
         PartialState().wait_for_everyone()
@@ -110,7 +130,11 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_totals(checkpoint: Path) -> Totals:
-    return Totals(**json.loads((checkpoint / TOTALS).read_text()))
+    """This process's part of a checkpoint's totals: what is summed over processes goes to the main one."""
+    totals = Totals(**json.loads((checkpoint / TOTALS).read_text()))
+    if not PartialState().is_main_process:
+        totals.generated_teacher = totals.generated_student = 0
+    return totals
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import constants
 from transformers import (
     AutoConfig,
@@ -204,14 +205,22 @@ def _prune(
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Make a cache folder unless it exists: one process at a time, and never half a folder."""
-    with _locked(folder.with_name(folder.name + ".lock")):
-        if not folder.exists():
+    """Make a cache folder unless it exists: one run at a time, and never half a folder.
+
+    Of several processes the main one writes (transformers saves on no other), so nodes of one run
+    need a shared cache folder.
+    """
+    with PartialState().main_process_first(), _locked(folder.with_name(folder.name + ".lock")):
+        if not folder.exists() and PartialState().is_main_process:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write(partial)
             os.replace(partial, folder)
+    if not folder.exists():
+        raise UserError(
+            f"model cache {folder}: not there on this node; set MEDISTILL_CACHE to a folder that all nodes share"
+        )
     return folder
 
 

@@ -8,7 +8,7 @@ import difflib
 import math
 import pkgutil
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 
 from medistill_trl.arguments import SHARED, TRANSIENT
 from medistill_trl.errors import UserError
+from medistill_trl.recipe_reading import Entry, read_file, read_flags
 from medistill_trl.recipe_rules import (
     INHERITED_LIMITS,
     REFUSED,
@@ -40,42 +41,6 @@ class RecipeError(UserError):
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
         self.problems = problems
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One key as someone wrote it.
-
-    Args:
-        where: `file:line`, or the flag.
-        text: The text of a flag before it was read as YAML.
-    """
-
-    key: str
-    value: Any
-    where: str
-    text: str | None = None
-
-    def say(self, problem: str) -> str:
-        """A problem with this entry, as the user reads it."""
-        return (
-            f"{self.where}: {problem}"
-            if self.text is not None
-            else f"{self.where}: {self.key}: {problem}"
-        )
-
-    def fitted(self, schema: dict[str, Field]) -> "Entry":
-        """A flag has no quotes and no brackets: `--run_name 7` is a text, `--x a` may be a list."""
-        types = schema[self.key].types if self.key in schema else frozenset()
-        if self.text is None or not types or type(self.value).__name__ in types:
-            return self
-        if isinstance(self.value, list):
-            return self
-        if "str" in types and self.value is not None:
-            return replace(self, value=self.text)
-        if "list" in types and self.value is not None:
-            return replace(self, value=[self.value])
-        return self
 
 
 @dataclass
@@ -120,8 +85,8 @@ def load(arguments: list[str]) -> Recipe:
         raise RecipeError(
             ["no recipe given: name at least one YAML file, such as recipes/sft.yaml"]
         )
-    layers = [_read_file(path, problems) for path in paths]
-    layers.append(_read_flags(flags, problems))
+    layers = [read_file(path, problems) for path in paths]
+    layers.append(read_flags(flags, problems))
     method = next(
         (entry for layer in reversed(layers) for entry in layer if entry.key == "method"), None
     )
@@ -150,116 +115,6 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Recipe files come first, flags after them."""
     first_flag = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
     return arguments[:first_flag], arguments[first_flag:]
-
-
-# --- reading ---------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, `no` and `off` are words."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, rx) for tag, rx in pairs if not tag.endswith((":bool", ":float"))]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _read_file(path: str, problems: list[str]) -> list[Entry]:
-    if not path.endswith((".yaml", ".yml")):
-        problems.append(f"{path}: not a recipe; name YAML files first and options as --key value")
-        return []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror})")
-        return []
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 text (byte {error.start})")
-        return []
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problems.append(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}")
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        problems.append(f"{path}: must be a mapping of `key: value` lines")
-        return []
-    _find_duplicates(root, path, problems)
-    entries = []
-    for key_node, value_node in root.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        try:
-            key = loader.construct_object(key_node, deep=True)
-            value = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            problems.append(f"{where}: {getattr(error, 'problem', None) or error}")
-            continue
-        if not isinstance(key, str):
-            problems.append(f"{where}: keys are words, got {key!r}")
-            continue
-        entries.append(Entry(key, value, where))
-    return entries
-
-
-def _find_duplicates(node: yaml.Node, path: str, problems: list[str]) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _find_duplicates(item, path, problems)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    first_line: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if isinstance(key_node, yaml.ScalarNode):
-            if key_node.value in first_line:
-                problems.append(
-                    f"{path}:{line}: {key_node.value}: given twice, first in line "
-                    f"{first_line[key_node.value]}; keep one"
-                )
-            first_line.setdefault(key_node.value, line)
-        _find_duplicates(value_node, path, problems)
-
-
-def _read_flags(flags: list[str], problems: list[str]) -> list[Entry]:
-    """`--key value`, `--key=value`, `--key a b` (a list) and `--key` alone (true)."""
-    entries: list[Entry] = []
-    position = 0
-    while position < len(flags):
-        key, separator, attached = flags[position][2:].partition("=")
-        position += 1
-        texts = [attached] if separator else []
-        while not separator and position < len(flags) and not flags[position].startswith("--"):
-            texts.append(flags[position])
-            position += 1
-        key = key.replace("-", "_")
-        if any(entry.key == key for entry in entries):
-            problems.append(f"--{key}: given twice; keep one")
-        try:
-            parsed = [yaml.load(text, Loader=_Loader) for text in texts]  # a SafeLoader
-        except yaml.YAMLError as error:
-            problems.append(f"--{key}: cannot be read: {getattr(error, 'problem', None) or error}")
-            continue
-        value = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-        text = " ".join(texts)
-        entries.append(Entry(key, value, f"--{key}", text))
-    return entries
-
-
-# --- checking --------------------------------------------------------------------------------------
 
 
 def _schema_for(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, launch, launch_words, run_command, write_tiny_overlay
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SFT = "recipes/sft.yaml"
 EMBEDDED = "recipes/overlays/embedded.yaml"
@@ -195,6 +195,45 @@ def test_skipped_rows_are_counted_in_the_record(tiny_overlay, tmp_path):
     assert "line 4: not JSON" in result.stderr
 
 
+def test_4bit_teacher_and_student_train_and_evaluate(tiny_overlay, tmp_path):
+    flags = [
+        "--teacher_load_in_4bit",
+        "--student_load_in_4bit",
+        "--max_steps",
+        3,
+        "--logging_steps",
+        1,
+    ]
+    evaluate = ["--eval_strategy", "steps", "--eval_steps", 1]
+    result = run_command(sys.executable, "recipes/run.py", SFT, tiny_overlay, *flags, *evaluate)
+    assert result.returncode == 0, result.stderr[-4000:]
+    history = record(tmp_path / "run")["log_history"]
+    norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+    assert len(norms) == 3
+    assert all(norm > 0 for norm in norms)  # also after the first evaluation
+
+
+def test_a_pair_with_different_tokenizers_trains_and_says_what_is_not_defined(
+    tiny_overlay, tmp_path, other_teacher_folder
+):
+    flags = ["--teacher_model", other_teacher_folder, "--max_steps", 2]
+    result = run_command(sys.executable, "recipes/run.py", SFT, tiny_overlay, *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    after = record(tmp_path / "run")["heldout"]["after"]
+    assert after["kl_nats"] is None
+    assert "different tokenizers" in after["note"]
+    assert after["bits_per_byte"] > 0
+    assert "bits per byte" in (tmp_path / "run/results/report.html").read_text()
+
+
+def test_full_weights_train_and_are_saved(tiny_overlay, tmp_path):
+    flags = ["--use_lora", "false", "--max_steps", 2]
+    result = run_command(sys.executable, "recipes/run.py", SFT, tiny_overlay, *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final_model")
+    assert model.config.num_hidden_layers == 2
+
+
 # --- kill and resume -------------------------------------------------------------------------------
 
 
@@ -226,21 +265,25 @@ STRESS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["online", "stored"])
+@pytest.fixture(
+    params=[("online", "cpu.yaml"), ("stored", "cpu.yaml"), ("online", "cpu_ddp.yaml")],
+    ids=["online", "stored", "online-2-processes"],
+)
 def straight_and_killed(request, tiny_overlay, tmp_path):
     """The same run twice: uninterrupted, and killed -9 at a random step past the second checkpoint."""
-    flags = [SFT, tiny_overlay, *STRESS, "--teacher_completions", request.param]
+    mode, config = request.param
+    flags = [SFT, tiny_overlay, *STRESS, "--teacher_completions", mode]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    result = launch(*flags, "--output_dir", straight)
+    result = launch(*flags, "--output_dir", straight, config=config)
     assert result.returncode == 0, result.stderr[-4000:]
     step = random.randint(8, 11)
     words = [*flags, "--output_dir", killed]
-    assert kill_after(launch_words(*words), step), f"the run ended before step {step}"
-    return straight, killed, words, step
+    assert kill_after(launch_words(*words, config=config), step), f"it ended before step {step}"
+    return straight, killed, words, step, config
 
 
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(straight_and_killed):
-    straight, killed, words, step = straight_and_killed
+    straight, killed, words, step, config = straight_and_killed
     assert not (killed / "COMPLETE").exists()
     refused = run_command(sys.executable, "recipes/run.py", *words)
     assert refused.returncode == 2
@@ -251,13 +294,15 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(straight_and_killed):
     assert "learning_rate: 0.01 when started, 0.5 now" in refused.stderr
     newest = max((killed / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     (newest / "optimizer.pt").unlink()  # a damaged checkpoint is passed over for the one before it
-    resumed = launch(*words, "--resume")
+    resumed = launch(*words, "--resume", config=config)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert f"{newest}: not used: " in resumed.stderr
     assert "resuming from" in resumed.stderr
     assert weights(killed) == weights(straight), f"killed at step {step}"
     one, two = record(straight), record(killed)
     assert one["heldout"] == two["heldout"]
+    if "online" in words:  # stored completions were drawn by the first of the two runs
+        assert one["tokens"] == two["tokens"]
     assert one["tokens"]["trained"] == two["tokens"]["trained"]
     assert_complete(killed)
 

@@ -1,0 +1,36 @@
+"""What a run would be: recipe, memory, one example."""
+
+from accelerate import PartialState
+
+from medistill_trl import memory_plan
+from medistill_trl.inputs import Loaded
+from medistill_trl.prompts import encode_example
+from medistill_trl.recipe import Recipe
+from medistill_trl.setting import Arguments
+
+
+def print_plan(recipe: Recipe, arguments: Arguments, loaded: Loaded) -> None:
+    """The dry run: resolved recipe, memory plan, one example as the student will see it."""
+    if not PartialState().is_main_process:
+        return
+    prompt = loaded.train_prompts[0]
+    form = loaded.student_form
+    example = encode_example(form, prompt.question, prompt.reference, True, None)
+    trained = [token for token in example["labels"] if token >= 0]
+    rendered = form.tokenizer.decode(example["input_ids"][: -len(trained)])
+    parts = memory_plan.plan(arguments, loaded.student, loaded.teacher)
+    print(f"# resolved recipe\n{recipe.to_yaml()}")
+    print(f"# memory plan, per device\n{memory_plan.to_text(parts)}\n")
+    print(
+        f"# prompts: {len(loaded.train_prompts)} to train on, {len(loaded.validation_prompts)} held out\n"
+    )
+    print(
+        f"# one example ({prompt.id}), what the teacher is asked\n{loaded.teacher_form.render(prompt.question)}\n"
+    )
+    print(f"# what the student sees, {len(rendered)} characters without loss\n{rendered}\n")
+    print(
+        f"# what it learns: the teacher's completion, at most {arguments.teacher.teacher_max_new_tokens} "
+        f"teacher tokens; here the reference stands in for it, {len(trained)} tokens with loss\n"
+        f"{form.tokenizer.decode(trained)}\n"
+    )
+    print("dry run: everything checked, nothing trained")
