@@ -4,8 +4,9 @@ import base64
 import html
 from pathlib import Path
 
+from medistill_trl.files import write_text
 from medistill_trl.hub import METRICS
-from medistill_trl.run_directory import RunDirectory, write_text
+from medistill_trl.run_directory import RunDirectory
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -75,8 +76,10 @@ def headline(before: dict, after: dict) -> str:
         if after["kl_nats"] is not None
         else ("bits_per_byte", "bits per byte")
     )
-    change = after[key] / before[key]
-    return f"{name} on held-out completions: {before[key]:.2f} → {after[key]:.2f}, {change:.0%} of what it was."
+    text = f"{name} on held-out completions: {before[key]:.2f} → {after[key]:.2f}"
+    return (
+        f"{text}, {after[key] / before[key]:.0%} of what it was." if before[key] > 0 else f"{text}."
+    )
 
 
 def _student_name(recipe: dict) -> str:

@@ -6,7 +6,6 @@ inside, and silently continues on another path where optimizer or RNG state is m
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+
+from medistill_trl.files import write_text
 
 MANIFEST = "manifest.json"
 TOTALS = "totals.json"
@@ -93,12 +94,7 @@ def write_manifest(folder: Path) -> None:
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
     }
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w") as handle:
-        json.dump(content, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(content, indent=1))
 
 
 def problem(folder: Path) -> str | None:

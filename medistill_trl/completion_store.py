@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from medistill_trl.errors import UserError
@@ -35,10 +37,12 @@ CREATE TABLE IF NOT EXISTS completions (
     text         TEXT NOT NULL,
     token_ids    TEXT NOT NULL,
     finished     INTEGER NOT NULL,
+    end_id       INTEGER,
     created      REAL NOT NULL
 )
 """
 DEFAULT_BATCH_SIZE = 16
+LOCK_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ class CompletionStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The default rollback journal, not WAL: it is as safe, and works on network file systems.
-        self._database = sqlite3.connect(self.path, timeout=120)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # The default rollback journal, not WAL: it is as safe, and works on network file systems.
+            self._database = sqlite3.connect(self.path, timeout=120)
             with self._database:
                 self._database.execute(SCHEMA)
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.Error) as error:
             raise UserError(
                 f"completion store {self.path}: {error}; move the file away or set completion_store to "
                 "another path"
@@ -101,6 +105,7 @@ class CompletionStore:
         state = PartialState()
         with self._turn(state):
             missing = self._missing(request for group in requests for request in group)
+            state.wait_for_everyone()  # all have read the same store before anyone writes to it
             share = missing[state.process_index :: state.num_processes]
             self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
             state.wait_for_everyone()
@@ -108,16 +113,15 @@ class CompletionStore:
 
     @contextlib.contextmanager
     def _turn(self, state: PartialState) -> Iterator[None]:
-        """One run at a time: its main process holds a lock file, the others follow its pace."""
-        with contextlib.ExitStack() as stack:
-            if state.is_main_process:
-                lock = stack.enter_context(self.path.with_name(self.path.name + ".lock").open("w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+        """One run at a time: its main process holds a lock file, the others hear of each attempt, so
+        that none of them waits past the process group's timeout."""
+        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
+            waited = 0
+            while not broadcast_object_list([state.is_main_process and _try_lock(lock)])[0]:
+                if waited == 0:
                     logger.warning("waiting for another run that is filling %s", self.path)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            state.wait_for_everyone()
+                waited += 1
+                time.sleep(LOCK_POLL_SECONDS)
             yield
 
     def _missing(self, requests: Iterable[Request]) -> list[Request]:
@@ -165,20 +169,30 @@ class CompletionStore:
                 completion.text,
                 json.dumps(completion.token_ids),
                 completion.finished,
+                completion.end_id,
                 time.time(),
             )
             for request, completion in drawn
         ]
         with self._database:  # one transaction: all of the batch or none of it
             self._database.executemany(
-                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
             )
 
     def _get(self, request: Request) -> Completion:
-        text, token_ids, finished = self._database.execute(
-            "SELECT text, token_ids, finished FROM completions WHERE key = ?", (request.key,)
+        text, token_ids, finished, end_id = self._database.execute(
+            "SELECT text, token_ids, finished, end_id FROM completions WHERE key = ?",
+            (request.key,),
         ).fetchone()
-        return Completion(text, json.loads(token_ids), bool(finished))
+        return Completion(text, json.loads(token_ids), bool(finished), end_id)
+
+
+def _try_lock(lock: IO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _request(teacher: Teacher, prompt: str, sampling: Sampling, index: int) -> Request:

@@ -7,6 +7,7 @@ The column contract, one JSON object per line:
 A row that breaks it is never lost silently: it stops the run or is skipped and counted, by line.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,12 +43,14 @@ class DataReport:
         read: Non-empty lines.
         kept: Prompts returned.
         skipped: `line N: reason` for each row left out.
+        sha256: Of the whole file.
     """
 
     path: str
     read: int = 0
     kept: int = 0
     skipped: list[str] = field(default_factory=list)
+    sha256: str = ""
 
 
 def read_prompts(
@@ -72,6 +75,8 @@ def read_prompts(
     seen: dict[str, int] = {}
     try:
         with Path(path).open("rb") as lines:
+            report.sha256 = hashlib.file_digest(lines, "sha256").hexdigest()
+            lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -100,6 +105,8 @@ def _parse(line: bytes) -> Prompt | str:
         return f"not UTF-8 (byte {error.start} of the line)"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
+    except ValueError as error:  # a number too long to read
+        return f"not JSON that can be read ({error})"
     except RecursionError:
         return "not JSON that can be read (nested too deeply)"
     if not isinstance(row, dict):
@@ -113,6 +120,8 @@ def _parse(line: bytes) -> Prompt | str:
             return f"{column} must be a text, got {type(value).__name__}"
         if value and "\0" in value:
             return f"{column} contains a NUL byte"
+        if value and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"{column} contains half a surrogate pair, which no text can hold"
     for column in ("id", "question"):
         if not row[column].strip():
             return f"{column} is empty"
@@ -137,3 +146,34 @@ def _judge(report: DataReport, on_bad_row: str) -> None:
         raise UserError(f"{report.path}: the file is empty; it needs one JSON object per line")
     if report.kept == 0:
         raise UserError(f"{report.path}: no usable row is left of {report.read}:\n{shown}")
+
+
+def leave_out_heldout(
+    train: list[Prompt], heldout: list[Prompt], report: DataReport, on_bad_row: str
+) -> list[Prompt]:
+    """Training prompts whose question is not asked again in the held-out check.
+
+    Raises:
+        UserError: under `fail`, naming the ids that stand in both.
+    """
+    questions = {_normalised(prompt.question) for prompt in heldout}
+    repeated = [prompt.id for prompt in train if _normalised(prompt.question) in questions]
+    if not repeated:
+        return train
+    if on_bad_row == "fail":
+        shown = ", ".join(repeated[:SHOWN_PROBLEMS])
+        raise UserError(
+            f"{report.path}: {len(repeated)} questions also stand in the validation file ({shown}): the "
+            "held-out check would measure what was trained on. Use disjoint files, or set on_bad_row: skip "
+            "to leave them out of training."
+        )
+    kept = [prompt for prompt in train if prompt.id not in set(repeated)]
+    report.skipped += [f"id {id}: its question is held out" for id in repeated]
+    report.kept = len(kept)
+    if not kept:
+        raise UserError(f"{report.path}: every question is held out; nothing is left to train on")
+    return kept
+
+
+def _normalised(question: str) -> str:
+    return " ".join(question.casefold().split())

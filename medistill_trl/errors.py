@@ -11,6 +11,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def first_line(error: Exception) -> str:
+    """The start of a library's message, which may go on for a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RunFailed(UserError):
     """Training itself went wrong or was stopped; what was saved is intact."""
 

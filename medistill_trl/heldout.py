@@ -80,12 +80,15 @@ class HeldoutCheck:
         teacher: The frozen teacher.
         prompts: Validation prompts.
         completions: The teacher's greedy completion of each.
+        autocast: Measure under bfloat16 autocast, as the student trains. Said here because accelerate
+            wraps the student only once training starts: before and after would differ in numerics.
     """
 
     student_form: PromptFormat
     teacher: Teacher
     prompts: list[Prompt]
     completions: list[Completion]
+    autocast: bool = False
     shared: int | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,13 +103,15 @@ class HeldoutCheck:
         store: CompletionStore,
         max_new_tokens: int,
         batch_size: int | None,
+        autocast: bool = False,
     ) -> "HeldoutCheck":
         """Draw the teacher's greedy completions, from the store where it has them."""
         rendered = [teacher.form.render(prompt.question) for prompt in prompts]
         drawn = store.draw(
             teacher, rendered, Sampling(max_new_tokens), 1, batch_size, "held-out completions"
         )
-        return cls(student_form, teacher, prompts, [samples[0] for samples in drawn])
+        completions = [samples[0] for samples in drawn]
+        return cls(student_form, teacher, prompts, completions, autocast)
 
     def measure(self, student: PreTrainedModel) -> dict[str, float | int | str | None]:
         """Compare the models; every process measures its share and all get the total.
@@ -119,7 +124,8 @@ class HeldoutCheck:
         student.eval()
         state = PartialState()
         mine = range(state.process_index, len(self.prompts), state.num_processes)
-        total = sum((self._compare(student, index) for index in mine), Sums())
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
+            total = sum((self._compare(student, index) for index in mine), Sums())
         student.train(was_training)
         total = sum(gather_object([total]), Sums())
         if total.tokens == 0:
@@ -155,7 +161,8 @@ class HeldoutCheck:
             ce = F.cross_entropy(logits, target, reduction="sum").item()
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
-        ends = [self.teacher.tokenizer.eos_token_id] if completion.finished else []
+        # An end token counts only if the teacher itself chose it.
+        ends = [] if completion.end_id is None else [completion.end_id]
         # A token only the teacher has ends the comparable part.
         ids = list(takewhile(lambda token: token < self.shared, completion.token_ids + ends))
         if not ids:
@@ -173,7 +180,8 @@ class HeldoutCheck:
     def examples(self, student: PreTrainedModel, max_new_tokens: int, count: int = 4) -> list[str]:
         """The student's own greedy answers to the first `count` prompts, for a reader to look at."""
         prompts = [self.student_form.render(p.question) for p in self.prompts[:count]]
-        answers = complete(student, self.student_form, prompts, Sampling(max_new_tokens))
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
+            answers = complete(student, self.student_form, prompts, Sampling(max_new_tokens))
         return [answer.text for answer in answers]
 
 

@@ -1,10 +1,10 @@
 """The model card of a finished run."""
 
-from medistill_trl.run_directory import RunDirectory, write_text
+from medistill_trl.files import write_text
+from medistill_trl.run_directory import RunDirectory
 
 CARD = """---
-base_model: {student}
-library_name: {library}
+{base_model}library_name: {library}
 tags:
 - distillation
 - medical
@@ -26,9 +26,14 @@ used to diagnose, treat or advise anyone.
 Student before distillation: `{student}`{pruned}. Trained on {tokens} completion tokens in {seconds:.0f} s
 on {device}. The whole recipe is in `recipe.yaml` beside this folder, the full record in
 `results/run.json`.
-
+{base_note}
 A student derived from Llama 2 or Meditron is bound by the Llama 2 Community License; otherwise the
 licences of teacher and student apply together.
+"""
+
+BASE_NOTE = """
+The adapter names its base by a folder of the machine it was trained on. Elsewhere, make the same base with
+`recipe.yaml` (`--dry_run` is enough) and pass its folder to PEFT.
 """
 
 METRICS = {
@@ -48,9 +53,15 @@ def write_model_card(directory: RunDirectory, record: dict) -> None:
         if heldout["after"][key] is not None
     ]
     keep = recipe.get("student_keep_layers")
+    student = recipe["student_model"]
+    on_hub = (
+        not keep and not student.startswith((".", "/", "~", "package:")) and student.count("/") == 1
+    )
     card = CARD.format(
         name=directory.path.name,
-        student=recipe["student_model"],
+        student=student,
+        base_model=f"base_model: {student}\n" if on_hub else "",
+        base_note="" if on_hub or not recipe["use_lora"] else BASE_NOTE,
         teacher=recipe["teacher_model"],
         library="peft" if recipe["use_lora"] else "transformers",
         method=record["method"],

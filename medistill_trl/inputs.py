@@ -3,12 +3,14 @@
 import logging
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from medistill_trl import model_source, models
 from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
-from medistill_trl.data import DataReport, Prompt, read_prompts
+from medistill_trl.data import DataReport, Prompt, leave_out_heldout, read_prompts
+from medistill_trl.errors import UserError
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.model_source import ModelSource
 from medistill_trl.prompts import PromptFormat
@@ -44,6 +46,8 @@ def load_inputs(arguments: Arguments) -> Loaded:
         for source in (student, teacher)
     ]
 
+    _check_context(arguments, student, teacher)
+
     def too_long(prompt: Prompt) -> str | None:
         for role, form in zip(("student", "teacher"), forms, strict=True):
             length = len(form.encode(form.render(prompt.question)))
@@ -57,6 +61,7 @@ def load_inputs(arguments: Arguments) -> Loaded:
     validation_prompts, validation_report = read_prompts(
         d.validation_file, d.on_bad_row, arguments.run.heldout_prompts, too_long
     )
+    train_prompts = leave_out_heldout(train_prompts, validation_prompts, train_report, d.on_bad_row)
     for report in (train_report, validation_report):
         if report.skipped:
             logger.warning(
@@ -66,6 +71,40 @@ def load_inputs(arguments: Arguments) -> Loaded:
                 logger.warning("  %s", line)
     reports = [train_report, validation_report]
     return Loaded(student, teacher, *forms, train_prompts, validation_prompts, reports)
+
+
+def _check_context(arguments: Arguments, *sources: ModelSource) -> None:
+    """Prompt and completion together must fit what each model can attend to."""
+    needed = arguments.data.max_prompt_tokens + arguments.teacher.teacher_max_new_tokens
+    for source in sources:
+        # Architectures without position embeddings have no such limit and no such attribute.
+        limit = getattr(source.config, "max_position_embeddings", None)
+        if limit is not None and needed > limit:
+            raise UserError(
+                f"max_prompt_tokens + teacher_max_new_tokens is {needed}, and {source.name} attends to "
+                f"{limit} tokens at most; lower one of them"
+            )
+
+
+def identity(arguments: Arguments, loaded: Loaded) -> dict:
+    """What a run's numbers depend on besides its recipe; a resumed run must find the same again."""
+    return {
+        "num_processes": PartialState().num_processes,
+        "teacher": _teacher_identity(arguments, loaded.teacher),
+        "student": loaded.student.fingerprint,
+        **{f"sha256 of {report.path}": report.sha256 for report in loaded.reports},
+    }
+
+
+def _teacher_identity(arguments: Arguments, source: ModelSource) -> str:
+    t, s = arguments.teacher, arguments.student
+    words = [source.fingerprint, t.teacher_dtype]
+    if t.teacher_load_in_4bit:
+        words += ["4bit", s.bnb_4bit_quant_type]
+        words += ["double_quant"] if s.bnb_4bit_use_double_quant else []
+    if t.teacher_load_in_8bit:
+        words += ["8bit"]
+    return " ".join(words)
 
 
 def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
@@ -81,12 +120,9 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         training.device,
         training.trust_remote_code,
     )
-    bits = "4bit" if t.teacher_load_in_4bit else "8bit" if t.teacher_load_in_8bit else "full"
+    form = loaded.teacher_form
     teacher = Teacher(
-        teacher_model,
-        loaded.teacher_form.tokenizer,
-        loaded.teacher_form,
-        f"{loaded.teacher.fingerprint} {t.teacher_dtype} {bits} {s.bnb_4bit_quant_type if bits == '4bit' else ''}".strip(),
+        teacher_model, form.tokenizer, form, _teacher_identity(arguments, loaded.teacher)
     )
     logger.info("loading student %s", s.student_model)
     student = models.load_student(
@@ -104,6 +140,7 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         store,
         t.teacher_max_new_tokens,
         t.teacher_batch_size,
+        training.bf16,
     )
     return Setting(
         arguments,

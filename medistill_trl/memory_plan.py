@@ -19,8 +19,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 of those
 # (Dettmers et al. 2023, arXiv 2305.14314, section 3); without, a 32-bit scale per 64.
 BYTES_4BIT = {True: (4 + 8 / 64 + 32 / (64 * 256)) / 8, False: (4 + 32 / 64) / 8}
-OPTIMIZER_BYTES = 8  # Adam keeps two float32 values per trained parameter
-OPTIMIZER_BYTES_8BIT = 2
 LOSS_ROWS = 256  # completion positions projected to the vocabulary at a time (TRL's chunked_nll)
 
 
@@ -38,8 +36,11 @@ def plan(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> li
     s, t, training = arguments.student, arguments.teacher, arguments.training
     student_model, teacher_model = _on_meta(student.config), _on_meta(teacher.config)
     trained = _trained_parameters(student_model, arguments)
-    weight_bytes = 4 if s.use_lora else DTYPE_BYTES[s.student_dtype]
-    optimizer = OPTIMIZER_BYTES_8BIT if "8bit" in training.optim.value else OPTIMIZER_BYTES
+    # PEFT keeps adapters in float32, TRL casts those of quantised models to bfloat16.
+    quantised = s.student_load_in_4bit or s.student_load_in_8bit
+    weight_bytes = (2 if quantised else 4) if s.use_lora else DTYPE_BYTES[s.student_dtype]
+    # Adam keeps two values per trained weight in the weight's dtype, or in 8 bits.
+    optimizer = 2 if "8bit" in training.optim.value else 2 * weight_bytes
     rows = training.per_device_train_batch_size
     window = t.teacher_batch_size or rows * training.gradient_accumulation_steps
     if t.teacher_completions == "stored":

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from medistill_trl.errors import UserError
+from medistill_trl.errors import UserError, first_line
+from medistill_trl.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +99,30 @@ def _prepare_hub() -> None:
     """One short probe instead of minutes of retries: an unreachable hub means the local cache only."""
     if constants.HF_HUB_OFFLINE:
         return
-    try:
-        urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PROBE_SECONDS
-        ).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except OSError as error:  # URLError, timeouts, refused connections
+    outcome: list[str] = []
+    probe = threading.Thread(target=lambda: outcome.append(_probe_hub()), daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)  # the socket's own timeout counts per address and for each stage anew
+    problem = outcome[0] if outcome else f"no answer in {PROBE_SECONDS} seconds"
+    if problem:
         logger.warning(
             "the model hub cannot be reached (%s); only models already in the local cache are usable",
-            getattr(error, "reason", error),
+            problem,
         )
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _probe_hub() -> str:
+    """Why the hub cannot be reached, empty if it can."""
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return ""  # it answered
+    except OSError as error:  # URLError, timeouts, refused connections
+        return str(getattr(error, "reason", error))
+    return ""
 
 
 def _load_config(
@@ -126,7 +139,7 @@ def _load_config(
 def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return "the model hub cannot be reached, and the model is not in the local cache"
-    return f"cannot be loaded ({str(error).strip().splitlines()[0]})"
+    return f"cannot be loaded ({first_line(error)})"
 
 
 # --- local files -----------------------------------------------------------------------------------
@@ -168,7 +181,7 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    digest = _sample_digest(path)
+    digest = _digest(path)
     return _once(cache_folder() / f"{path.stem}-{digest[:12]}", write)
 
 
@@ -237,17 +250,18 @@ def _folder_digest(folder: Path) -> str:
     files = sorted(
         path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja"}
     )
-    digests = [f"{path.name} {_sample_digest(path)}" for path in files]
+    digests = [f"{path.name} {_digest(path)}" for path in files]
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _sample_digest(path: Path, sample: int = 1 << 20) -> str:
-    """sha256 of a file's size, first and last megabyte: enough to tell weights apart, at once."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+def _digest(path: Path) -> str:
+    """sha256 of a file, remembered in the cache folder for as long as size and times stay the same."""
+    status = path.stat()
+    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    note = cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    if note.is_file():
+        return note.read_text()
     with path.open("rb") as handle:
-        digest.update(handle.read(sample))
-        if size > sample:
-            handle.seek(max(sample, size - sample))
-            digest.update(handle.read(sample))
-    return digest.hexdigest()
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    write_text(note, digest)
+    return digest

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from medistill_trl.arguments import StudentArguments, TeacherArguments
-from medistill_trl.errors import UserError
+from medistill_trl.errors import UserError, first_line
 from medistill_trl.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,15 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
     Raises:
         UserError: no EOS, or no other special token that could serve as pad.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.location, revision=source.revision, trust_remote_code=trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model {source.name}: its tokenizer cannot be loaded ({first_line(error)}); the folder or "
+            "repository needs a tokenizer.json"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {source.name}: its tokenizer has no end-of-sequence token; set one there"
@@ -46,13 +52,12 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
 
 
 def _other_special_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """A token that never stands in text: unk first, then any added special token, BOS as the last."""
+    """A token to pad with: unk first, then special tokens the chat template does not use, then others,
+    BOS as the last. Masks come from lengths, so a pad that also stands in text does no harm here."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    candidates = [
-        tokenizer.unk_token,
-        *(t for t in added if t != tokenizer.bos_token),
-        tokenizer.bos_token,
-    ]
+    used = [token for token in added if token in (tokenizer.chat_template or "")]
+    unused = [token for token in added if token not in used and token != tokenizer.bos_token]
+    candidates = [tokenizer.unk_token, *unused, *used, tokenizer.bos_token]
     for token in candidates:
         if token is not None and token != tokenizer.eos_token:
             return token
@@ -95,7 +100,9 @@ def _load(
         )
     except (OSError, ImportError) as error:
         raise UserError(
-            f"model {source.name}: weights cannot be loaded ({str(error).strip().splitlines()[0]})"
+            f"model {source.name}: its weights cannot be loaded ({first_line(error)}). Only safetensors are "
+            "read, since a pickle can run code: name a revision that has them, or convert the model once "
+            "with save_pretrained. For a gated model log in with `hf auth login`"
         ) from error
 
 

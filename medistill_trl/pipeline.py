@@ -16,7 +16,7 @@ from medistill_trl.dry_run import print_plan
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.guards import FiniteGuard
 from medistill_trl.heldout import HeldoutCallback
-from medistill_trl.inputs import load_inputs, load_models
+from medistill_trl.inputs import identity, load_inputs, load_models
 from medistill_trl.methods import Method
 from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
@@ -54,10 +54,13 @@ def run(recipe: Recipe) -> RunDirectory | None:
         print_plan(recipe, arguments, loaded)
         state.destroy_process_group()
         return None
+    inputs = identity(arguments, loaded)
+    if arguments.run.resume:
+        directory.check_same_inputs(inputs)
     setting = load_models(arguments, loaded)
     state.wait_for_everyone()  # nobody starts the folder while another still checks it
     if state.is_main_process:
-        directory.start(recipe)
+        directory.start(recipe, inputs)
     state.wait_for_everyone()
     before = measure_before(setting, directory)
     trainer = build_trainer(method, setting)
@@ -96,7 +99,15 @@ def _use_all_cores(state: PartialState) -> None:
 
 def build_trainer(method: Method, setting: Setting) -> Trainer:
     """The method's trainer, with what every run needs."""
-    trainer = method.build(setting)
+    setting.totals.start()  # drawing stored completions belongs to what the run costs
+    try:
+        trainer = method.build(setting)
+    except (
+        ValueError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # TRL and Transformers judge their own keys
+        raise UserError(f"recipe: the {method.name} trainer refuses it: {error}") from error
     trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(CheckpointCallback(setting.totals))
     trainer.add_callback(HeldoutCallback(setting.heldout))
@@ -124,7 +135,6 @@ def train(trainer: Trainer, totals: Totals, directory: RunDirectory, resume: boo
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-    totals.start()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     totals.lap()
     if trainer.state.global_step < trainer.state.max_steps:

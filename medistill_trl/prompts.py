@@ -61,12 +61,16 @@ class PromptFormat:
             ) from error
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a rendered prompt: a chat template writes its own special tokens, a plain
-        prompt gets the BOS the model was trained with."""
-        ids = self.tokenizer(prompt, add_special_tokens=not self.is_chat)["input_ids"]
-        if not self.is_chat and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]  # tokenizers with add_eos_token would end the prompt before the answer
-        return ids
+        """Token ids of a rendered prompt.
+
+        It opens with BOS where the tokenizer opens every text so (Llama 2, TinyLlama) and the chat
+        template has not written it already.
+        """
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        opening = [
+            id for id in self.tokenizer("")["input_ids"] if id != self.tokenizer.eos_token_id
+        ]
+        return ids if ids[: len(opening)] == opening else opening + ids
 
 
 def encode_completion(

@@ -50,13 +50,16 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, `no` and `off` are words."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, rx) for tag, rx in pairs if not tag.endswith((":bool", ":float"))]
+        first: [(tag, rx) for tag, rx in pairs if not tag.endswith((":bool", ":float", ":int"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -81,6 +84,9 @@ def read_file(path: str, problems: list[str]) -> list[Entry]:
     except UnicodeDecodeError as error:
         problems.append(f"{path}: not UTF-8 text (byte {error.start})")
         return []
+    except RecursionError:
+        problems.append(f"{path}: nested too deeply to be a recipe")
+        return []
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -89,7 +95,11 @@ def read_file(path: str, problems: list[str]) -> list[Entry]:
     if not isinstance(root, yaml.MappingNode):
         problems.append(f"{path}: must be a mapping of `key: value` lines")
         return []
-    _find_duplicates(root, path, problems)
+    try:
+        _find_duplicates(root, path, problems)
+    except RecursionError:
+        problems.append(f"{path}: a value contains itself")
+        return []
     entries = []
     for key_node, value_node in root.value:
         where = f"{path}:{key_node.start_mark.line + 1}"

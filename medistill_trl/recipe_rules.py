@@ -20,7 +20,6 @@ INHERITED_LIMITS: dict[str, dict[str, float]] = {
     "adam_beta1": {"min": 0, "below": 1},
     "adam_beta2": {"min": 0, "below": 1},
     "adam_epsilon": {"above": 0},
-    "label_smoothing_factor": {"min": 0, "below": 1},
     "logging_steps": {"above": 0},
     "eval_steps": {"above": 0},
     "save_steps": {"above": 0},
@@ -41,6 +40,12 @@ REFUSED = {
     "per_device_train_batch_size and gradient_accumulation_steps",
     "logging_nan_inf_filter": "a NaN or infinite loss stops the run here and is never hidden",
     "ignore_data_skip": "a resumed run must see the data an uninterrupted one would",
+    "label_smoothing_factor": "the loss never holds whole rows of logits, which smoothing needs",
+    "assistant_only_loss": "the loss is on the completion, always",
+    "completion_only_loss": "the loss is on the completion, always",
+    "deepspeed": "choose the engine with accelerate launch --config_file",
+    "fsdp": "choose the engine with accelerate launch --config_file",
+    "fsdp_config": "choose the engine with accelerate launch --config_file",
     "save_only_model": "a checkpoint without optimizer and RNG state cannot be resumed exactly",
     "model_init_kwargs": "use the student_* keys",
     "chat_template_path": "each model keeps its own chat template",
@@ -62,6 +67,7 @@ REFUSED = {
 # Hub tokens, and keys that look as if they held a credential.
 SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})\b"
+    r"|://[^/\s:@]+:[^/\s@]+@"  # a password in an address
 )
 SECRET_KEY = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
 
@@ -85,8 +91,11 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "use_lora",
             "quantised weights cannot be trained: set use_lora: true, or load unquantised",
         )
-    if values.get("bf16") and values.get("fp16"):
-        yield "fp16", "conflicts with bf16: choose one"
+    if values.get("fp16"):
+        yield (
+            "fp16",
+            "not supported: its loss scaler overflows by design; use bf16: true, or neither",
+        )
     if (values.get("num_completions") or 1) > 1:
         if values.get("teacher_temperature") == 0:
             yield (
@@ -106,6 +115,26 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
         )
     if values.get("max_steps") == 0:
         yield "max_steps", "must be positive, or -1 to train for num_train_epochs"
+    if values.get("output_dir") == "":
+        yield (
+            "output_dir",
+            "is empty; name a folder, or leave it out for outputs/<method>_<run_name>",
+        )
+    if re.search(r"[/\\]|^\.\.?$", str(values.get("run_name") or "")):
+        yield "run_name", "is the last part of a folder's name; use output_dir for a path"
+    if values.get("teacher_completions") == "online" and values.get("train_sampling_strategy") in (
+        "group_by_length",
+        "batch_rebalance",
+    ):
+        yield (
+            "train_sampling_strategy",
+            "needs teacher_completions: stored; online lengths are unknown",
+        )
+    if "lm_head" in (values.get("lora_target_modules") or []):
+        yield (
+            "lora_target_modules",
+            "leave out lm_head: the loss reads the output head's weight directly",
+        )
     layers = values.get("student_keep_layers")
     if layers is not None and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
         yield "student_keep_layers", "must list layers once each, in ascending order from 0"
@@ -119,8 +148,7 @@ def cautions(values: dict) -> Iterator[tuple[str, str]]:
                 yield key, "has no effect on greedy decoding (teacher_temperature: 0)"
     if values.get("trust_remote_code"):
         yield "trust_remote_code", "runs Python code from the model's repository on this machine"
-    if values.get("student_dtype") == "float16" and not values.get("fp16"):
-        yield (
-            "student_dtype",
-            "float16 weights without fp16: true train without loss scaling and may underflow",
-        )
+    if values.get("student_dtype") == "float16":
+        yield "student_dtype", "float16 gradients may underflow; bfloat16 does not"
+    if values.get("save_strategy") == "no":
+        yield "save_strategy", "without checkpoints an interrupted run starts from the beginning"

@@ -1,6 +1,7 @@
 """The folder of one run: its layout, and whether it may be started, resumed or is finished.
 
 recipe.yaml               the resolved recipe
+inputs.json               what else the numbers depend on: exact models and data, processes
 checkpoints/checkpoint-N/
 final_model/              adapter or full weights, tokenizer, model card
 results/                  run.json, held-out measurements, pictures, report
@@ -8,7 +9,6 @@ COMPLETE                  written last; without it the run does not count as fin
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import yaml
 
 from medistill_trl.checkpoints import newest_valid
 from medistill_trl.errors import UserError
+from medistill_trl.files import write_text
 from medistill_trl.recipe import Recipe
 
 HEADER = "# The resolved recipe of this run; running it again reproduces the run.\n"
@@ -28,6 +29,10 @@ class RunDirectory:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -77,22 +82,33 @@ class RunDirectory:
     def _check_same_recipe(self, recipe: Recipe) -> None:
         saved = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         now = yaml.safe_load(recipe.to_yaml())
+        ignored = {"output_dir": None}
+        self._refuse_changes("the recipe differs", saved | ignored, now | ignored)
+
+    def _refuse_changes(self, what: str, saved: dict, now: dict) -> None:
         changed = [
             f"  {key}: {saved.get(key)!r} when started, {now.get(key)!r} now"
             for key in sorted({*saved, *now})
-            if saved.get(key) != now.get(key) and key != "output_dir"
+            if saved.get(key) != now.get(key)
         ]
         if changed:
             raise UserError(
-                f"{self.path}: --resume continues the same run, but the recipe differs:\n"
+                f"{self.path}: --resume continues the same run, but {what}:\n"
                 + "\n".join(changed)
-                + f"\nResume with {self.recipe}, or start a new run under another --run_name."
+                + f"\nResume with {self.recipe} on the same inputs, or start a new run under another "
+                "--run_name."
             )
 
-    def start(self, recipe: Recipe) -> None:
-        """Make the folders and save the resolved recipe."""
+    def check_same_inputs(self, inputs: dict) -> None:
+        """Refuse to resume on other models, data or processes than the run was started with."""
+        saved = json.loads(self.inputs.read_text(encoding="utf-8"))
+        self._refuse_changes("its inputs differ", saved, inputs)
+
+    def start(self, recipe: Recipe, inputs: dict) -> None:
+        """Make the folders and save what the run is."""
         for folder in (self.checkpoints, self.results):
             folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.inputs, json.dumps(inputs, indent=2, ensure_ascii=False) + "\n")
         write_text(self.recipe, HEADER + recipe.to_yaml())
 
     def checkpoint_to_resume(self) -> tuple[Path | None, list[str]]:
@@ -106,13 +122,3 @@ class RunDirectory:
 
     def read_result(self, name: str) -> dict:
         return json.loads((self.results / name).read_text(encoding="utf-8"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: after a kill there is the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)

@@ -44,13 +44,15 @@ class Completion:
 
     Args:
         text: Without special tokens.
-        token_ids: The writer's own tokens, (C,), without EOS.
+        token_ids: The writer's own tokens, (C,), without an end token.
         finished: True if it ended by itself, False if cut at the length limit.
+        end_id: The end token the writer chose; None if it was cut, by the limit or at a stop string.
     """
 
     text: str
     token_ids: list[int]
     finished: bool
+    end_id: int | None = None
 
 
 @torch.no_grad()
@@ -99,15 +101,15 @@ def complete(
 def _cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
     """Drop EOS, what follows it, and what follows a stop string."""
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    ids, finished = (ids, False) if stop is None else (ids[:stop], True)
+    ids, end_id = (ids, None) if stop is None else (ids[:stop], ids[stop])
     tokenizer = form.tokenizer
     text = tokenizer.decode(ids, skip_special_tokens=True)
     found = [text.find(stop) for stop in form.stop_strings if stop in text]
     if found:
-        text, finished = text[: min(found)], True
+        text, end_id = text[: min(found)], None
         while ids and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= len(text):
             ids = ids[:-1]
-    return Completion(text, ids, finished)
+    return Completion(text, ids, finished=bool(found) or end_id is not None, end_id=end_id)
 
 
 class Teacher:
@@ -138,7 +140,7 @@ class Teacher:
     ) -> list[Completion]:
         """Answer rendered prompts, see `complete`."""
         completions = complete(self.model, self.form, prompts, sampling, seed)
-        self.generated_tokens += sum(len(c.token_ids) + c.finished for c in completions)
+        self.generated_tokens += sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
         return completions
 
 

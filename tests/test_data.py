@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medistill_trl.data import read_prompts
+from medistill_trl.data import Prompt, leave_out_heldout, read_prompts
 from medistill_trl.errors import UserError
 
 
@@ -36,6 +36,8 @@ BAD = {
     row(1): "already stands in line 1",
     b'{"id": "\xff"}': "not UTF-8",
     "[" * 100_000: "not JSON",
+    row(9, reference="\ud800"): "half a surrogate pair",
+    '{"id": ' + "9" * 5000 + "}": "not JSON that can be read",
 }
 
 
@@ -87,6 +89,18 @@ def test_columns_limit_and_order(tmp_path):
     assert [p.id for p in prompts] == ["r1", "r2", "r3"]
     assert prompts[1].answer is None
     assert report.kept == 3
+
+
+def test_a_question_that_is_held_out_is_not_trained_on(tmp_path):
+    train, report = read_prompts(write(tmp_path, row(1), row(2), row(3)), "fail")
+    heldout = [Prompt("v", "s", "  q2? ", "R")]
+    with pytest.raises(UserError, match="r2"):
+        leave_out_heldout(train, heldout, report, "fail")
+    kept = leave_out_heldout(train, heldout, report, "skip")
+    assert [p.id for p in kept] == ["r1", "r3"]
+    assert report.kept == 2
+    assert report.skipped == ["id r2: its question is held out"]
+    assert leave_out_heldout(train, [], report, "fail") == train
 
 
 def test_a_missing_file_is_named(tmp_path):

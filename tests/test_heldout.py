@@ -68,7 +68,7 @@ def test_the_check_equals_the_plain_formula_on_shifted_positions(tmp_path):
     kl = ce = agreed = tokens = 0
     for prompt, completion in zip(check.prompts, check.completions, strict=True):
         start = form.encode(form.render(prompt.question))
-        ids = completion.token_ids + [2] * completion.finished
+        ids = completion.token_ids + [completion.end_id] * (completion.end_id is not None)
         with torch.no_grad():
             p = check.teacher.model(torch.tensor([start + ids])).logits[0].softmax(-1)
             q = student(torch.tensor([start + ids])).logits[0].softmax(-1)

@@ -141,6 +141,29 @@ def test_a_model_that_is_not_there_is_named_with_what_to_do(name, expected):
     assert name in str(caught.value)
 
 
+def test_a_folder_without_tokenizer_or_safetensors_is_named(tmp_path, teacher_folder):
+    make_model(600).save_pretrained(tmp_path)
+    source = model_source.resolve(str(tmp_path))
+    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded.*tokenizer\.json"):
+        models.load_tokenizer(source)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    args = StudentArguments(student_model=str(tmp_path))
+    tokenizer = models.load_tokenizer(model_source.resolve(str(teacher_folder)))
+    with pytest.raises(UserError, match="Only safetensors are read"):
+        models.load_student(source, tokenizer, args, CPU)
+
+
+def test_weights_that_change_in_the_middle_are_other_weights(tmp_path):
+    make_model(600, seed=0).save_pretrained(tmp_path)
+    first = model_source.resolve(str(tmp_path)).fingerprint
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert model_source.resolve(str(tmp_path)).fingerprint != first
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         model_source.resolve(str(tmp_path))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from tokenizers import processors
 
 from medistill_trl.errors import UserError
 from medistill_trl.models import _other_special_token
@@ -92,6 +93,22 @@ def test_loss_does_not_depend_on_padding_side_or_prompt_length(form, finished):
     tokens = sum(label != IGNORED for e in examples for label in e["labels"])
     torch.testing.assert_close(losses["left"], losses["right"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses["right"], sum(singles) / tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_bos_opens_a_prompt_once_where_the_tokenizer_opens_texts_so(form):
+    """As Llama 2's does; TinyLlama's chat template leaves it out, others write it themselves."""
+    tokenizer = form.tokenizer
+    without = form.encode(form.render(QUESTION))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    opened = form.encode(form.render(QUESTION))
+    assert opened == [0, *without]
+    if form.is_chat:
+        tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+        assert form.encode(form.render(QUESTION)) == opened
+    completion = encode_example(form, QUESTION, ANSWER, True, None)
+    assert next(token for token in completion["labels"] if token >= 0) != 0
 
 
 def test_pad_is_repaired_with_a_token_that_is_not_eos():

@@ -6,7 +6,7 @@ from conftest import make_model, make_tokenizer
 
 from medistill_trl.models import _set_generation
 from medistill_trl.prompts import PromptFormat
-from medistill_trl.teacher import Sampling, Teacher, _cut, complete, completion_logits
+from medistill_trl.teacher import Completion, Sampling, Teacher, _cut, complete, completion_logits
 
 QUESTIONS = ["What causes gout?", "Why does a patient with long-standing asthma wheeze at night?"]
 
@@ -65,7 +65,7 @@ def test_eos_and_what_follows_is_cut():
     form = PromptFormat(tokenizer)
     ids = tokenizer("An answer.")["input_ids"]
     completion = _cut([*ids, 2, 7, 7], {2}, form)
-    assert (completion.text, completion.token_ids, completion.finished) == ("An answer.", ids, True)
+    assert completion == Completion("An answer.", ids, finished=True, end_id=2)
     assert _cut(ids, {2}, form).finished is False
 
 
@@ -76,6 +76,7 @@ def test_a_plain_completion_ends_at_the_next_heading():
     completion = _cut(ids, {2}, form)
     assert completion.text == "An answer."
     assert completion.finished
+    assert completion.end_id is None  # it never chose an end token, so none is scored
     assert tokenizer.decode(completion.token_ids).startswith("An answer.")
     assert len(completion.token_ids) < len(ids)
 
@@ -92,4 +93,5 @@ def test_generated_tokens_are_counted(pair):
     model, form = pair
     teacher = Teacher(model, form.tokenizer, form, "t")
     completions = teacher.complete([form.render(q) for q in QUESTIONS], Sampling(5))
-    assert teacher.generated_tokens == sum(len(c.token_ids) + c.finished for c in completions) > 0
+    expected = sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
+    assert teacher.generated_tokens == expected > 0

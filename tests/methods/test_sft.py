@@ -1,6 +1,7 @@
 """SFT on what the teacher writes: the estimator, the accumulation, the movement."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -173,6 +174,34 @@ def test_stored_asks_the_teacher_nothing_the_second_time(tmp_path):
     second, _, _ = trained(tmp_path, teacher_changes=stored)
     assert second.totals.generated_teacher == second.teacher.generated_tokens == 0
     assert torch.equal(weights(first), weights(second))
+
+
+def test_no_two_draws_share_a_seed(tmp_path):
+    """Over steps, parts of a window and processes."""
+    trainer = methods.load("sft").build(make_setting(tmp_path))
+    seeds = set()
+    trainer.accelerator = types.SimpleNamespace(num_processes=2)
+    for rank in range(2):
+        trainer.accelerator.process_index = rank
+        for step in range(3):
+            trainer.state.global_step = step
+            seeds |= {trainer._seed(start) for start in (0, 4, 8)}
+    assert len(seeds) == 2 * 3 * 3
+
+
+def test_teacher_batch_size_splits_a_window_and_changes_nothing(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole", max_steps=1)[0]
+    setting = make_setting(
+        tmp_path / "split", max_steps=1, teacher_changes={"teacher_batch_size": 3}
+    )
+    sizes = []
+    original = setting.teacher.complete
+    monkeypatch.setattr(
+        setting.teacher, "complete", lambda p, *a: sizes.append(len(p)) or original(p, *a)
+    )
+    methods.load("sft").build(setting).train()
+    assert sizes == [3, 1]
+    torch.testing.assert_close(weights(setting), weights(whole))
 
 
 def test_sampled_online_completions_change_from_step_to_step(tmp_path):
