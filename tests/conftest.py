@@ -30,15 +30,19 @@ CORPUS = [
 ]
 
 
-def make_tokenizer(vocab_size: int = 600, chat: bool = True) -> PreTrainedTokenizerFast:
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def make_tokenizer(
+    vocab_size: int = 600, chat: bool = True, special: tuple[str, ...] = SPECIAL
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the packaged sample; pad equals EOS, as in SmolLM2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -42,6 +42,13 @@ def test_two_tokens_by_hand():
     assert (sums.agreed, sums.tokens) == (1, 1)
 
 
+def test_top1_compares_the_models_with_each_other_not_with_the_text():
+    teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    student = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert compare_logits(student, teacher, torch.tensor([1, 0])).agreed == 1
+    assert compare_logits(teacher, teacher, torch.tensor([1, 0])).agreed == 2
+
+
 def test_chunks_add_up(monkeypatch):
     torch.manual_seed(0)
     student, teacher, target = torch.randn(9, 7), torch.randn(9, 7), torch.randint(7, (9,))
