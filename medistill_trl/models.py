@@ -171,6 +171,7 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     is what the recipe says. The end-of-turn tokens stay."""
     shipped = model.generation_config.eos_token_id
     ends = shipped if isinstance(shipped, list) else [shipped]
+    model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         eos_token_id=sorted({id for id in (*ends, tokenizer.eos_token_id) if id is not None}),
         pad_token_id=tokenizer.pad_token_id,

@@ -82,7 +82,7 @@ def build_arguments(
     parser = TrlParser((*SHARED, method.config))
     values = {**recipe.values, **FORCED, "output_dir": str(directory.checkpoints)}
     if use_cpu or not torch.accelerator.is_available():
-        values["use_cpu"] = True
+        values |= {"use_cpu": True, "dataloader_pin_memory": False}
     try:
         run_, student, teacher, data, training = parser.parse_dict(values)
     except ValueError as error:

@@ -92,6 +92,17 @@ def test_the_check_equals_the_plain_formula_on_shifted_positions(tmp_path):
     assert measured["tokens"] == tokens
 
 
+def test_an_end_token_is_scored_only_if_the_teacher_chose_it(tmp_path):
+    check = make_check(tmp_path, make_form())
+    ids = check.completions[0].token_ids
+    check.prompts = check.prompts[:1]
+    measured = {}
+    for end_id in (None, 2):
+        check.completions = [Completion("x", ids, finished=True, end_id=end_id)]
+        measured[end_id] = check.measure(check.teacher.model)["tokens"]
+    assert measured == {None: len(ids), 2: len(ids) + 1}
+
+
 def test_rows_only_the_teacher_has_are_cut_and_the_rest_renormalised(tmp_path):
     small, large = make_form(), make_form()
     large.tokenizer.add_tokens(["<extra_1>", "<extra_2>"])

@@ -204,17 +204,13 @@ def test_skipped_rows_are_counted_in_the_record(tiny_overlay, tmp_path):
     assert "line 4: not JSON" in result.stderr
 
 
-def test_4bit_teacher_and_student_train_and_evaluate(tiny_overlay, tmp_path):
-    flags = [
-        "--teacher_load_in_4bit",
-        "--student_load_in_4bit",
-        "--max_steps",
-        3,
-        "--logging_steps",
-        1,
-    ]
-    evaluate = ["--eval_strategy", "steps", "--eval_steps", 1]
-    result = run_command(sys.executable, "recipes/run.py", SFT, tiny_overlay, *flags, *evaluate)
+def test_the_settings_of_a_gpu_run_4bit_bf16_checkpointing(tiny_overlay, tmp_path):
+    """Those the recipes have by default, on the tiny pair and the CPU, with evaluations in between."""
+    flags = ["--max_steps", 3, "--eval_strategy", "steps", "--eval_steps", 1]
+    for role in ("teacher", "student"):
+        flags += [f"--{role}_load_in_4bit", "true", f"--{role}_dtype", "bfloat16"]
+    flags += ["--bf16", "true", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"]
+    result = run_command(sys.executable, "recipes/run.py", SFT, tiny_overlay, *flags)
     assert result.returncode == 0, result.stderr[-4000:]
     history = record(tmp_path / "run")["log_history"]
     norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
