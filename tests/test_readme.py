@@ -40,6 +40,14 @@ def test_every_make_target_exists(command):
     assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.M)
 
 
+def test_the_result_table_holds_numbers():
+    table = (ROOT / "README.md").read_text().split("```")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| KL", "| cross", "| top-1"))]
+    assert len(rows) == 3
+    for row in rows:
+        assert len(re.findall(r"\d+(?:\.\d+)?%?", row.split("|", 2)[2])) == 2, row
+
+
 def test_every_path_the_readme_links_to_exists():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
