@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
 from medistill_trl.model_source import ModelSource
 from medistill_trl.setting import Arguments
 
@@ -33,66 +34,62 @@ class Part:
 
 def plan(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[Part]:
     """What one device holds, part by part."""
-    s, t, training = arguments.student, arguments.teacher, arguments.training
-    student_model, teacher_model = _on_meta(student.config), _on_meta(teacher.config)
+    counted = [*_held(arguments, student, teacher), *_working(arguments, student, teacher)]
+    return [Part(name, size / GB, phase) for name, size, phase in counted]
+
+
+def _held(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[tuple]:
+    """Weights, adapter, gradients and optimizer state, in bytes."""
+    s, t = arguments.student, arguments.teacher
+    student_model = _on_meta(student.config)
+    four_bit = BYTES_4BIT[s.bnb_4bit_use_double_quant]
+    student_linear = four_bit if s.student_load_in_4bit else 1 if s.student_load_in_8bit else None
+    teacher_linear = four_bit if t.teacher_load_in_4bit else 1 if t.teacher_load_in_8bit else None
     trained = _trained_parameters(student_model, arguments)
     # PEFT keeps adapters in float32, TRL casts those of quantised models to bfloat16.
-    quantised = s.student_load_in_4bit or s.student_load_in_8bit
-    weight_bytes = (2 if quantised else 4) if s.use_lora else DTYPE_BYTES[s.student_dtype]
+    adapter_bytes = 4 if student_linear is None else 2
+    weight_bytes = adapter_bytes if s.use_lora else DTYPE_BYTES[s.student_dtype]
     # Adam keeps two values per trained weight in the weight's dtype, or in 8 bits.
-    optimizer = 2 if "8bit" in training.optim.value else 2 * weight_bytes
-    rows = training.per_device_train_batch_size
-    window = t.teacher_batch_size or rows * training.gradient_accumulation_steps
-    if t.teacher_completions == "stored":
-        window = t.teacher_batch_size or 16
-    length = arguments.data.max_prompt_tokens + t.teacher_max_new_tokens
+    optimizer = arguments.training.optim.value
+    state_bytes = 2 if "8bit" in optimizer else 2 * weight_bytes
     parts = [
-        Part(
+        (
             "teacher weights",
-            _weights(
-                teacher_model,
-                t.teacher_dtype,
-                t.teacher_load_in_4bit,
-                t.teacher_load_in_8bit,
-                s.bnb_4bit_use_double_quant,
-            ),
+            _weights(_on_meta(teacher.config), t.teacher_dtype, teacher_linear),
             "always",
         ),
-        Part(
-            "student weights",
-            _weights(
-                student_model,
-                s.student_dtype,
-                s.student_load_in_4bit,
-                s.student_load_in_8bit,
-                s.bnb_4bit_use_double_quant,
-            ),
-            "always",
-        ),
-        Part(
-            "LoRA adapter" if s.use_lora else "trained weights (held above)",
-            trained * weight_bytes * s.use_lora,
-            "always",
-        ),
-        Part("gradients", trained * weight_bytes, "train"),
-        Part(f"optimizer state ({training.optim.value})", trained * optimizer, "always"),
-        Part(
-            f"teacher KV cache, {window} × {length} tokens",
-            _kv_cache(teacher.config, window, length, t.teacher_dtype),
+        ("student weights", _weights(student_model, s.student_dtype, student_linear), "always"),
+        ("gradients", trained * weight_bytes, "train"),
+        (f"optimizer state ({optimizer})", trained * state_bytes, "always"),
+    ]
+    if s.use_lora:
+        parts.insert(2, ("LoRA adapter", trained * weight_bytes, "always"))
+    return parts
+
+
+def _working(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[tuple]:
+    """KV cache, activations and loss, in bytes."""
+    t, training = arguments.teacher, arguments.training
+    rows = training.per_device_train_batch_size
+    window = rows * training.gradient_accumulation_steps
+    prompts = DEFAULT_BATCH_SIZE if t.teacher_completions == "stored" else window
+    prompts = t.teacher_batch_size or prompts
+    length = arguments.data.max_prompt_tokens + t.teacher_max_new_tokens
+    vocabulary = student.config.vocab_size
+    return [
+        (
+            f"teacher KV cache, {prompts} × {length} tokens",
+            _kv_cache(teacher.config, prompts, length, t.teacher_dtype),
             "generate",
         ),
-        Part(
+        (
             f"student activations, {rows} × {length} tokens",
             _activations(student.config, rows, length, arguments),
             "train",
         ),
-        Part(
-            f"loss, {LOSS_ROWS} × {student.config.vocab_size} logits",
-            LOSS_ROWS * student.config.vocab_size * 4 * 3,
-            "train",
-        ),
+        # Logits, their gradient and the log-softmax, in float32.
+        (f"loss, {LOSS_ROWS} × {vocabulary} logits", LOSS_ROWS * vocabulary * 4 * 3, "train"),
     ]
-    return [Part(part.name, part.gb / GB, part.phase) for part in parts]
 
 
 def peak(parts: list[Part]) -> tuple[float, str]:
@@ -133,15 +130,13 @@ def _linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
-def _weights(
-    model: torch.nn.Module, dtype: str, in_4bit: bool, in_8bit: bool, double_quant: bool
-) -> float:
-    quantised = 0
-    if in_4bit or in_8bit:
-        quantised = sum(module.weight.numel() for module in _linears(model).values())
-    other = sum(parameter.numel() for parameter in model.parameters()) - quantised
-    per_weight = BYTES_4BIT[double_quant] if in_4bit else 1
-    return quantised * per_weight + other * DTYPE_BYTES[dtype]
+def _weights(model: torch.nn.Module, dtype: str, linear_bytes: float | None) -> float:
+    """Bytes of a model whose linear layers take `linear_bytes` a weight; None if not quantised."""
+    linear = 0
+    if linear_bytes is not None:
+        linear = sum(module.weight.numel() for module in _linears(model).values())
+    other = sum(parameter.numel() for parameter in model.parameters()) - linear
+    return linear * (linear_bytes or 0) + other * DTYPE_BYTES[dtype]
 
 
 def _trained_parameters(model: torch.nn.Module, arguments: Arguments) -> int:

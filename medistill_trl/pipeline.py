@@ -102,11 +102,7 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     setting.totals.start()  # drawing stored completions belongs to what the run costs
     try:
         trainer = method.build(setting)
-    except (
-        ValueError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # TRL and Transformers judge their own keys
+    except (ValueError, ImportError) as error:  # TRL and Transformers judge their own keys
         raise UserError(f"recipe: the {method.name} trainer refuses it: {error}") from error
     trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(CheckpointCallback(setting.totals))

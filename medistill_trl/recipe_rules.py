@@ -3,6 +3,7 @@
 Plain data and functions without torch, so that a wrong recipe is refused before anything loads.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator
 
@@ -73,12 +74,18 @@ SECRET_KEY = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
 
 
 def conflicts(values: dict) -> Iterator[tuple[str, str]]:
-    """Yield `(key, problem)` for keys that contradict each other.
+    """Yield `(key, problem)` for keys that contradict each other, or this machine.
 
     Args:
         values: Key → value of the merged recipe; keys left out have their defaults filled in where
-            the shared argument classes know them.
+            those are literals.
     """
+    yield from _model_conflicts(values)
+    yield from _completion_conflicts(values)
+    yield from _run_conflicts(values)
+
+
+def _model_conflicts(values: dict) -> Iterator[tuple[str, str]]:
     for role in ("student", "teacher"):
         if values.get(f"{role}_load_in_4bit") and values.get(f"{role}_load_in_8bit"):
             yield (
@@ -91,19 +98,31 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "use_lora",
             "quantised weights cannot be trained: set use_lora: true, or load unquantised",
         )
-    if values.get("fp16"):
+    if "lm_head" in (values.get("lora_target_modules") or []):
         yield (
-            "fp16",
-            "not supported: its loss scaler overflows by design; use bf16: true, or neither",
+            "lora_target_modules",
+            "leave out lm_head: the loss reads the output head's weight directly",
         )
+    layers = values.get("student_keep_layers")
+    if layers is not None and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
+        yield "student_keep_layers", "must list layers once each, in ascending order from 0"
+
+
+def _completion_conflicts(values: dict) -> Iterator[tuple[str, str]]:
+    online = values.get("teacher_completions") == "online"
     if (values.get("num_completions") or 1) > 1:
         if values.get("teacher_temperature") == 0:
             yield (
                 "num_completions",
                 "greedy completions of one prompt are all alike: raise teacher_temperature",
             )
-        if values.get("teacher_completions") == "online":
+        if online:
             yield "num_completions", "needs teacher_completions: stored; online draws one per visit"
+    if online and values.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
+        yield (
+            "train_sampling_strategy",
+            "needs teacher_completions: stored; online lengths are unknown",
+        )
     prompt, new, total = (
         values.get(key) for key in ("max_prompt_tokens", "teacher_max_new_tokens", "max_length")
     )
@@ -112,6 +131,14 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "max_length",
             f"is {total}, less than max_prompt_tokens + teacher_max_new_tokens = {prompt} + {new}: "
             "completions would be cut",
+        )
+
+
+def _run_conflicts(values: dict) -> Iterator[tuple[str, str]]:
+    if values.get("fp16"):
+        yield (
+            "fp16",
+            "not supported: its loss scaler overflows by design; use bf16: true, or neither",
         )
     if values.get("max_steps") == 0:
         yield "max_steps", "must be positive, or -1 to train for num_train_epochs"
@@ -122,22 +149,10 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
         )
     if re.search(r"[/\\]|^\.\.?$", str(values.get("run_name") or "")):
         yield "run_name", "is the last part of a folder's name; use output_dir for a path"
-    if values.get("teacher_completions") == "online" and values.get("train_sampling_strategy") in (
-        "group_by_length",
-        "batch_rebalance",
-    ):
-        yield (
-            "train_sampling_strategy",
-            "needs teacher_completions: stored; online lengths are unknown",
-        )
-    if "lm_head" in (values.get("lora_target_modules") or []):
-        yield (
-            "lora_target_modules",
-            "leave out lm_head: the loss reads the output head's weight directly",
-        )
-    layers = values.get("student_keep_layers")
-    if layers is not None and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
-        yield "student_keep_layers", "must list layers once each, in ascending order from 0"
+    trackers = values.get("report_to") or []
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
+            yield "report_to", f"{tracker} is not installed: `pip install {tracker}`, or use none"
 
 
 def cautions(values: dict) -> Iterator[tuple[str, str]]:

@@ -39,7 +39,7 @@ def test_every_recipe_is_valid(path):
 )
 def test_every_overlay_is_valid_on_every_recipe(path):
     for base in (ROOT / "recipes").glob("*.yaml"):
-        recipe.load([str(base), str(path)])
+        assert recipe.load([str(base), str(path)]).values["method"] == base.stem
 
 
 def test_all_problems_at_once_with_file_and_line(tmp_path):
@@ -89,6 +89,7 @@ def test_all_problems_at_once_with_file_and_line(tmp_path):
         ("fp16: true", "its loss scaler overflows"),
         ("num_completions: 4\nteacher_temperature: 0", "raise teacher_temperature"),
         ("num_completions: 4", "needs teacher_completions: stored"),
+        ("report_to: wandb", "wandb is not installed"),
         ("output_dir: ''", "is empty"),
         ("run_name: ../../x", "use output_dir for a path"),
         ("lora_target_modules: [q_proj, lm_head]", "leave out lm_head"),

@@ -324,6 +324,26 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(straight_and_killed):
     assert_complete(killed)
 
 
+def test_killed_after_the_last_step_only_the_results_are_made(tiny_overlay, tmp_path):
+    flags = [SFT, tiny_overlay, "--max_steps", 2, "--save_steps", 1]
+    run = tmp_path / "run"
+    result = run_command(sys.executable, "recipes/run.py", *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    before, first = weights(run), record(run)
+    for path in (
+        run / "COMPLETE",
+        run / "results/run.json",
+        run / "final_model/adapter_model.safetensors",
+    ):
+        path.unlink()
+    result = run_command(sys.executable, "recipes/run.py", *flags, "--resume")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert weights(run) == before
+    assert record(run)["heldout"] == first["heldout"]
+    assert record(run)["tokens"] == first["tokens"]
+    assert_complete(run)
+
+
 def test_a_prompt_file_that_changed_is_not_resumed(tiny_overlay, tmp_path):
     data = tmp_path / "data.jsonl"
     lines = (ROOT / "data_prep/sample/processed/train.jsonl").read_text().splitlines()[:8]
