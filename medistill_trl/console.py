@@ -15,9 +15,11 @@ def set_up(main_process: bool) -> None:
 
 
 def quiet_loading_bars() -> None:
-    """Switch off the bars transformers and datasets draw while loading; imports both."""
+    """Switch off the bars transformers and datasets draw while loading; downloads keep theirs."""
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the call above switches these off too
     datasets.disable_progress_bars()

@@ -85,7 +85,8 @@ def requested() -> Request:
 
 
 def read_request(arguments: list[str]) -> Request:
-    """
+    """What these words ask of `accelerate launch`; its flags win over its config file.
+
     Args:
         arguments: Of `accelerate launch`, up to and beyond the script's name.
     """

@@ -197,7 +197,7 @@ def _prune(
 
     def write(folder: Path) -> None:
         logger.info("pruning %s to %d of its %d layers, once", name, len(keep), depth)
-        model = AutoModelForCausalLM.from_pretrained(location, revision=revision, dtype="auto")
+        model = _load_to_prune(name, location, revision)
         layers = getattr(model.get_decoder(), "layers", None)
         if layers is None or len(layers) != depth:
             raise UserError(
@@ -215,6 +215,24 @@ def _prune(
     digest = hashlib.sha256(json.dumps([origin, keep]).encode()).hexdigest()
     stem = Path(location).name
     return _once(cache_folder() / f"{stem}-{len(keep)}of{depth}-{digest[:12]}", write)
+
+
+def _load_to_prune(name: str, location: str, revision: str | None) -> torch.nn.Module:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            location, revision=revision, dtype="auto", use_safetensors=True
+        )
+    except OSError as error:
+        raise UserError(weights_problem(name, error)) from error
+
+
+def weights_problem(name: str, error: Exception) -> str:
+    """What to tell a user whose model has no weights that can be read."""
+    return (
+        f"model {name}: its weights cannot be loaded ({first_line(error)}). Only safetensors are read, "
+        "since a pickle can run code: name a revision that has them, or convert the model once with "
+        "save_pretrained. For a gated model log in with `hf auth login`"
+    )
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:

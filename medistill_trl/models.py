@@ -16,7 +16,7 @@ from transformers import (
 
 from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.errors import UserError, first_line
-from medistill_trl.model_source import ModelSource
+from medistill_trl.model_source import ModelSource, weights_problem
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,7 @@ def _load(
             use_safetensors=True,  # a pickle may run code when it is opened
         )
     except (OSError, ImportError) as error:
-        raise UserError(
-            f"model {source.name}: its weights cannot be loaded ({first_line(error)}). Only safetensors are "
-            "read, since a pickle can run code: name a revision that has them, or convert the model once "
-            "with save_pretrained. For a gated model log in with `hf auth login`"
-        ) from error
+        raise UserError(weights_problem(source.name, error)) from error
 
 
 def load_teacher(

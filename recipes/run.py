@@ -23,9 +23,8 @@ def main(arguments: list[str]) -> None:
         return
     launch.die_with_launcher()
     try:
-        checked = recipe.load(
-            arguments
-        )  # before torch is imported: a wrong recipe is refused at once
+        # Before torch is imported: a wrong recipe is refused at once.
+        checked = recipe.load(arguments)
         main_process = int(os.environ.get("RANK", "0")) == 0
         console.set_up(main_process)
         for warning in checked.warnings:

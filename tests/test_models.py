@@ -141,7 +141,7 @@ def test_a_model_that_is_not_there_is_named_with_what_to_do(name, expected):
     assert name in str(caught.value)
 
 
-def test_a_folder_without_tokenizer_or_safetensors_is_named(tmp_path, teacher_folder):
+def test_a_folder_without_tokenizer_or_safetensors_is_named(tmp_path, teacher_folder, model_cache):
     make_model(600).save_pretrained(tmp_path)
     source = model_source.resolve(str(tmp_path))
     with pytest.raises(UserError, match=r"its tokenizer cannot be loaded.*tokenizer\.json"):
@@ -152,6 +152,8 @@ def test_a_folder_without_tokenizer_or_safetensors_is_named(tmp_path, teacher_fo
     tokenizer = models.load_tokenizer(model_source.resolve(str(teacher_folder)))
     with pytest.raises(UserError, match="Only safetensors are read"):
         models.load_student(source, tokenizer, args, CPU)
+    with pytest.raises(UserError, match="Only safetensors are read"):
+        model_source.resolve(str(tmp_path), keep_layers=[0])
 
 
 def test_weights_that_change_in_the_middle_are_other_weights(tmp_path):
