@@ -1,0 +1,48 @@
+"""The files of a build: written aside, and put in their place together at the end."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_prep.inputs import sha256
+from medistill_trl.files import write_text
+
+REPORT = "build_report.json"
+
+
+class Output:
+    """Args:
+    folder: Where the files wait; on the same disk as where they go.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, dict] = {}
+
+    def write(self, name: str, rows: Iterable[dict]) -> None:
+        """One JSON object per line; notes rows and sha256."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            count = 0
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        self.files[name] = {"rows": count, "sha256": sha256(path)}
+
+    def publish(self, out: Path, report: dict, page: str) -> None:
+        """Move the files to `out`, the report last: what it names is there, whole.
+
+        Empty files do not stay: whoever reads one would only be told that it is empty.
+        """
+        (out / REPORT).unlink(missing_ok=True)
+        for name, file in self.files.items():
+            (out / name).unlink(missing_ok=True)
+            if file["rows"]:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.folder / name, out / name)
+        write_text(out / "build_report.md", page)
+        write_text(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")

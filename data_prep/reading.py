@@ -1,0 +1,140 @@
+"""Files of any of the releases' formats → rows as JSON text, one at a time, each with its place.
+
+JSON lines, one JSON array, one JSON object keyed by id (PubMedQA's release), tab-separated lines
+(PubHealth's release) and parquet (the hub). A file is streamed: none is ever held in memory.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import ijson
+import pyarrow
+import pyarrow.parquet as parquet
+
+from medistill_trl.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
+# A first line longer than this is a whole document on one line, not a row.
+LONGEST_ROW = 4 * 1024 * 1024
+PARQUET_ROWS = 1000
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """Yield `{"place", "text", "problem"}` for each row of a file.
+
+    `place` says where in the file a row stands ("line 12", "entry 10808977"), `text` is its JSON;
+    `problem` is None, or why there is no text.
+
+    Raises:
+        UserError: if the file cannot be read at all.
+    """
+    readers = {".tsv": _tab_separated, ".parquet": _parquet}
+    reader = readers.get(path.suffix, _json)
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _row(place: str, text: str = "", problem: str | None = None) -> dict:
+    return {"place": place, "text": text, "problem": problem}
+
+
+def _json(path: Path) -> Iterator[dict]:
+    if path.suffix == ".jsonl":
+        return _lines(path)
+    with path.open("rb") as file:
+        start = file.readline(LONGEST_ROW)
+    if not _is_document(start):
+        return _lines(path)
+    return _document(path, keyed=start.strip()[:1] == b"{")
+
+
+def _is_document(first_line: bytes) -> bool:
+    """Whether a .json file is one document; MedMCQA's and PubHealth's releases hold lines."""
+    if first_line.strip() in (b"{", b"[") or len(first_line) == LONGEST_ROW:
+        return True
+    try:
+        value = json.loads(first_line)
+    except ValueError:
+        return False  # a broken row, to be named as such
+    return isinstance(value, list) or all(isinstance(row, dict) for row in value.values())
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"line {number}"
+            try:
+                yield _row(place, line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                yield _row(place, problem=f"not UTF-8 (byte {error.start} of the line)")
+
+
+def _document(path: Path, keyed: bool) -> Iterator[dict]:
+    """One JSON object whose values are the rows, its keys their PubMed ids; or one array of rows."""
+    place = "its beginning"
+    with path.open("rb") as file:
+        try:
+            if keyed:
+                for key, row in ijson.kvitems(file, "", use_float=True):
+                    place = f"entry {key}"
+                    row = {"pubid": key} | row if isinstance(row, dict) else row
+                    yield _row(place, json.dumps(row, ensure_ascii=False))
+            else:
+                for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1):
+                    place = f"item {number}"
+                    yield _row(place, json.dumps(row, ensure_ascii=False))
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            problem = f"the rest of the file is not JSON ({str(error).splitlines()[0]})"
+            yield _row(f"after {place}", problem=problem)
+
+
+def _tab_separated(path: Path) -> Iterator[dict]:
+    """Lines split at tabs; a quotation mark is a letter like any other (csv's QUOTE_NONE)."""
+    header: list[str] = []
+    for row in _lines(path):
+        if row["problem"]:
+            yield row
+            continue
+        fields = row["text"].rstrip("\r\n").split("\t")
+        if not header:
+            header = fields
+            continue
+        if len(fields) == len(header) + 1:
+            fields = fields[1:]  # PubHealth's test.tsv: a row number that the header does not name
+        if len(fields) != len(header):
+            problem = f"{len(fields)} fields between tabs, the header names {len(header)}"
+            yield row | {"text": "", "problem": problem}
+            continue
+        yield row | {"text": json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)}
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from error
+    names = label_names(file)
+    number = 0
+    for batch in file.iter_batches(PARQUET_ROWS):
+        for row in batch.to_pylist():
+            number += 1
+            for column, labels in names.items():
+                if isinstance(row[column], int) and 0 <= row[column] < len(labels):
+                    row[column] = labels[row[column]]
+            yield _row(f"row {number}", json.dumps(row, ensure_ascii=False, default=str))
+
+
+def label_names(file: parquet.ParquetFile) -> dict[str, list[str]]:
+    """Column → names of its integer labels, where the hub's metadata gives them."""
+    metadata = file.schema_arrow.metadata or {}
+    described = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return {
+        column: feature["names"]
+        for column, feature in described.items()
+        if isinstance(feature, dict) and "names" in feature
+    }

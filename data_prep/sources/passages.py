@@ -1,0 +1,30 @@
+"""Any passages of text for MedPPL-10k: JSON lines with `text` (`id`, `pmid`), or a .txt file each."""
+
+from data_prep.schema import Record
+from data_prep.sources import PASSAGES, Hub, Source
+from data_prep.sources.rows import BadRow, content_id, identity, optional_text
+
+
+def normalise(row: dict, split: str, facts: None) -> Record:
+    passage = optional_text(row, "text")
+    if not passage:
+        raise BadRow("text is empty" if "text" in row else "has no text")
+    return Record(
+        source="passages",
+        split=split,
+        native_id=identity(row, "id", "pmid") or content_id(passage),
+        question="",
+        options=(),
+        answer=-1,
+        context=(passage,),
+        pmid=identity(row, "pmid"),
+    )
+
+
+SOURCE = Source(
+    name="passages",
+    hub=Hub("", "", ()),
+    splits=((".", "passages"),),
+    roles={"passages": PASSAGES},
+    normalise=normalise,
+)
