@@ -1,0 +1,359 @@
+"""Rewriting the stem of a multiple-choice question so that it stands without its options.
+
+A stem is a case (the vignette, left as it is) and its last sentence, the part that asks. Only that part
+is rewritten: "Which of the following drugs is …" becomes "Which drug is …". Where the answer depends on
+what was offered ("all of these except"), the stem says so and the options are stated after it.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The parts of a question.
+
+    Args:
+        case: What comes before the asking sentence, with its trailing blank; may be empty.
+        text: The asking sentence, rewritten.
+        form: "question", "statement" (unfinished), "phrase" (elliptic) or "exception".
+        needs_options: It has a clear answer only beside the options.
+    """
+
+    case: str
+    text: str
+    form: str
+    needs_options: bool
+
+
+FOLLOWING = r"(?:f[ou]l+[ou]wing?|foUowing|foiling|listed|given|below)"
+WHICH = re.compile(
+    rf"\b(?:[Ww]?hich|WHICH|[Ww]hat)(?:\s+one)?\s+(?:of|among|amongst|from)\s+(?:the\s+)*{FOLLOWING}\b"
+    r"(?:\s+(?:ones?|options|choices|answers|answer\s+choices)\b)?,?"
+)
+OF_THE_FOLLOWING = re.compile(
+    rf"^(?:(?:of|among|amongst|from|given)\s+the\s+{FOLLOWING}(?:\s+(?:options|choices|answers))?\s*,\s*)",
+    re.I,
+)
+AMONG = re.compile(
+    rf",?\s+(?:among|amongst|from|out of)\s+(?:the\s+)?{FOLLOWING}\b(?=\s+(?:is|are|for|in)\b|\W*$)"
+)
+ENDS_IN_THE_FOLLOWING = re.compile(rf"\bthe\s+{FOLLOWING}\s+((?:[\w-]+\s+)?[\w-]+)\s*$", re.I)
+STARTS_WITH_FOLLOWING = re.compile(
+    rf"^(?:the\s+|one\s+of\s+the\s+)?{FOLLOWING}\s+((?:[\w-]+\s+){{0,3}}?)(?=(?:is|are|does|do|can|causes?|stands?)\b)",
+    re.I,
+)
+EXCEPT = re.compile(
+    r"[\s,;:.(]*\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
+    re.I,
+)
+NEGATED = re.compile(
+    r"\b(?:not|false|incorrect|wrong|untrue|inaccurate|faulty|(?<!at )least|odd one|cannot|unlikely)\b|n[’']t\b",
+    re.I,
+)
+TRUE = re.compile(
+    r"\b(?:statements?|pairs?|pairings?|combinations?|assertions?)\b"
+    r"|\b(?:is|are|stands?)\s+(?:also\s+)?(?:true|correct|accurate)\b"
+    r"|^(?:true|false|correct|right|accurate)\b|\b(?:true|correct)\s+(?:is|are|about|regarding|of|for)\b",
+    re.I,
+)
+TRUE_ABOUT = re.compile(
+    r"^(?:(?:what|which|find)\s+(?:(?:is|are)\s+)?)?(?:the\s+)?(not\s+(?:true|correct)|true|false|wrong|incorrect|correct|faulty|untrue)"
+    r"(?:\s+statements?)?(?:\s+among\s+(?:the\s+)?following)?\s+(about|regarding|of|for|concerning)\s+(.+?)"
+    r"(?:\s+(?:is|are|is/are|includes?))?\s*$",
+    re.I | re.S,
+)
+TRUE_ALL = re.compile(
+    r"^(?:true|correct)(?:\s+statements?)?\s+(about|regarding|of|for)\s+(.+?)"
+    r"(?:,?\s*(?:is|are|includes?),?)?(?:\s+all(?:\s+of\s+(?:the\s+)?(?:following|these))?(?:\s+the\s+following)?)?\s*$",
+    re.I | re.S,
+)
+INDEFINITE = re.compile(
+    r"^\s*(?:(?:is|are|was|were)\s+(?:an?|one|seen|used|included|associated|considered|also|related|involved|found|useful)"
+    r"|can|may|could|does|do|will|causes?|increases?|decreases?|produces?|shows?|have|has)\b",
+    re.I,
+)
+DEFINITE = re.compile(
+    r"\b(?:most|best|likely|first|primary|main|next|commonest|earliest|greatest|strongest|highest|lowest|choice|only"
+    r"|probabl[ey]|gold|responsible|expected|appropriate|diagnosis|surest|this patient|this case)\b",
+    re.I,
+)
+ASKS = re.compile(
+    r"\b(?:which|what|who|whom|whose|why|how|where)\b|^(?:is|are|was|were|does|do|did|can|could|should|has|have|will|would|when)\b.*\?",
+    re.I | re.S,
+)
+UNFINISHED = re.compile(
+    r"\b(?:is|are|was|were|be|been|by|from|in|with|to|of|for|as|because|at|on|the|an?|than|that|into|include|includes"
+    r"|including|through|upto|after|before|between|about|regarding|seen|called|known as|causes?|shows?|exceeds?|has|have"
+    r"|indicates?|means?|denotes?|suggests?|produces?|inhibits?|contains?|during|within|via|against|over|under"
+    r"|increases?|decreases?|results? in|leads? to|except|likely|represents?|follows?|involves?|requires?)\s*$",
+    re.I,
+)
+
+AUXILIARIES = ["is", "are", "was", "were", "has", "have", "had", "does", "do", "did", "would", "will", "could", "can", "may", "might", "should", "must", "shall"]
+PLURAL_VERBS = {"are", "were", "have", "do"}
+ADVERBS = set(
+    ["best", "most", "also", "least", "likely", "not", "commonly", "usually", "typically", "more", "only", "primarily", "mostly", "often", "first", "correctly", "accurately", "directly"]
+)
+PREPOSITIONS = set(
+    ["in", "of", "that", "about", "regarding", "to", "for", "if", "by", "from", "on", "with", "at", "during", "after", "under", "used", "seen", "when", "concerning", "who", "describing", "associated"]
+)
+VERBS = set(
+    ["describes", "explains", "represents", "transmits", "characterizes", "characterises", "constitutes", "contributes", "indicates", "includes", "include", "show", "shows", "cause", "causes", "transmit", "matches", "match", "helps", "help", "make", "makes", "predicts", "suggests", "distinguishes", "differentiates", "confirms", "supports", "accounts", "increases", "decreases", "produces", "inhibits", "stimulates", "passes", "occurs", "lacks", "contains", "provides", "requires", "belongs", "describe", "explain", "represent", "correlates", "acts", "develops", "regulates", "mediates", "reduces", "prevents", "remains", "differentiate", "produce", "inhibit", "regarding"]
+)
+IRREGULAR = {
+    "bacteria": "bacterium", "criteria": "criterion", "phenomena": "phenomenon", "diagnoses": "diagnosis",
+    "hypotheses": "hypothesis", "fungi": "fungus", "nuclei": "nucleus", "indices": "index",
+    "metastases": "metastasis", "vertebrae": "vertebra", "viruses": "virus", "sinuses": "sinus",
+    "bacilli": "bacillus", "biases": "bias", "analyses": "analysis", "prognoses": "prognosis",
+    "foramina": "foramen", "bronchi": "bronchus", "loci": "locus", "stimuli": "stimulus",
+}  # fmt: skip
+UNCHANGED = {
+    "series",
+    "species",
+    "diabetes",
+    "herpes",
+    "pancreas",
+    "biceps",
+    "triceps",
+    "rabies",
+    "yes",
+}
+
+MONTHS = r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*"
+EXAMS = (
+    r"(?:AIIMS|AIPGMEE|AIPG|PGMEE|PGMCET|PGI|NEET|DNB|JIPMER|UPSC|COMEDK?|KCET|KAR|FMGE|NBE|MAHE|CMC|AFMC|DPG"
+    r"|MCI|TNPG|APPG|WBPG|MHPG|AI|PG|AP|TN|UP|MP|WB|BHU|AMU|MH|MAH|Delhi|Kerala|Bihar|All India|REPEAT|Pattern|Recent)"
+)
+YEAR = r"(?:(?:19|20)\d\d|['’]?\d\d)"
+EXAM_NOISE = [
+    re.compile(rf"[\s:]*[\[(]\s*(?:{EXAMS}|{MONTHS}|(?:19|20)\d\d)(?:{EXAMS}|{MONTHS}|{YEAR}|[\s,.;:&/'’-])*[\])][\s:.–-]*$"),
+    re.compile(rf"[\s:?(]*\b(?:{EXAMS}\s+)?{MONTHS}[\s,.]*(?:19|20)\d\d(?:{MONTHS}|(?:19|20)\d\d|[\s,.&])*[\s:).]*$"),
+    re.compile(r"\s*\((?:[a-e]\s*,\s*)+[a-h]\)\s*$"),
+    re.compile(r"\s*aEUR\S*\s*$"),
+]  # fmt: skip
+ALTERNATIVE = re.compile(r"^.{3,200}?\(or\)\s*(?=\S.{10})", re.I | re.S)
+TRAILING = re.compile(r"[\s:;,–—_(=-]+$")
+MISSING_BLANK = re.compile(r"(?<=[a-z)]{2}[.?])(?=(?:Which|What|All|The|In|A|On|Best|Most)\b)")
+SENTENCE_END = re.compile(r"(?:[.!?][\"”’')\]]*|\|)\s+(?=[\"“‘'|]?\s*[A-Z0-9])|\n+")
+
+PICTURES = r"(?:images?|pictures?|figures?|photos?|photographs?|photomicrographs?|pictographs?|exhibit|illustrations?|diagrams?|graphs?|micrographs?|karyogram|radiographs?|scatter ?plots?|curves?)"
+PICTURE = re.compile(
+    r"\bshown\s*(?:[.)]|$|,\s*(?:what|which))|\b(?:is|are|as)\s+shown\s+(?:below|above|here)\s*(?![\s:]*[:|\n])"
+    r"|\bshown\s+(?:below|above|here)\s*[.?)]"
+    rf"|\b(?:shown|seen|displayed|depicted|demonstrated|provided|given|presented|illustrated|marked|labell?ed)\s+(?:\w+\s+)?(?:in|by|on|as)\s+(?:the\s+|this\s+)?(?:\w+\s+)?(?:{PICTURES}|below|arrows?)\b(?!\s+studies)"
+    rf"|\b(?:see|refer to)\s+(?:the\s+)?(?:\w+\s+)?{PICTURES}"
+    r"|\b(?:[Ff]igures?|[Ii]mages?|[Ff]ig\.?|[Pp]hoto|[Pp]icture|[Ee]xhibit|[Gg]raph|[Mm]arker)\s+\(?[A-E1-9]\b"
+    rf"|\b(?:this|above|given|following|attached|below|accompanying)\s+{PICTURES}\b(?!\s+of\s+the\s+disease)"
+    rf"|\b{PICTURES}\b(?:\s+\w+){{0,8}}\s+(?:(?:is|are|was)\s+(?:as\s+)?(?:given|shown|provided|attached|below|depicted|displayed)\b|(?:given|shown|attached|depicted)\s+(?:below|above|here))"
+    r"|\barrow(?:s|ed|head)?\b|\b(?:structure|area|part|point|site|region)s?\s+(?:marked|labell?ed)\b|\bmarked\s+(?:structure|area|part|as|by|with|in)\b"
+    r"|\b[Ff]igure\s+(?:depicts|shows)\b|\bthe\s+exhibit\b|\b(?:taken|as)\s+as\s+shown\b",
+)
+PICTURE_IN_EXPLANATION = re.compile(
+    rf"\b(?:the|given|above|this)\s+(?:given\s+|above\s+)?{PICTURES}\s+(?:in the question|shows?|depicts?|given|represents?)\b|\bMarker \(|\A\W*Figure shows|\bpicture is\b",
+    re.I,
+)
+
+
+def needs_picture(question: str, explanation: str = "") -> bool:
+    """Whether the question is about a picture that the record does not hold (a table in the text is fine)."""
+    return bool(PICTURE.search(question) or PICTURE_IN_EXPLANATION.search(explanation))
+
+
+def parse_stem(question: str) -> Stem:
+    """The case and the asking sentence of a multiple-choice question, rewritten to stand alone."""
+    case, asking = split_case(clean(question))
+    question_mark = asking.endswith("?")
+    asking = TRAILING.sub("", asking.rstrip(" ?.\n"))
+    if EXCEPT.search(asking) or re.match(r"all\s+except\s+one\b", asking, re.I):
+        return Stem(case, _exception(EXCEPT.sub("", asking)), "exception", True)
+    asking = OF_THE_FOLLOWING.sub("", asking)
+    asking = AMONG.sub("", asking)
+    if match := TRUE_ABOUT.search(asking):
+        judged = " ".join(match[1].lower().split())
+        return Stem(
+            case, f"Which of these is {judged} {match[2].lower()} {match[3]}?", "question", True
+        )
+    needs_options = bool(NEGATED.search(asking) or TRUE.search(asking))
+    if match := WHICH.search(asking):
+        after = asking[match.end() :]
+        needs_options |= bool(INDEFINITE.match(after) and not DEFINITE.search(asking))
+        asking = _of_these(asking) if needs_options else _rewrite_which(asking, match)
+        return Stem(case, _sentence(asking) + "?", "question", needs_options)
+    asking = STARTS_WITH_FOLLOWING.sub(lambda m: f"Which {_singular_phrase(m[1])}", asking)
+    asking = ENDS_IN_THE_FOLLOWING.sub(lambda m: f"which {_singular_phrase(m[1])}", asking)
+    asking = _capitalised(asking.strip())
+    if re.search(rf"\b(?:one of )?(?:the\s+)?{FOLLOWING}\W*$|\bof the following\b", asking, re.I):
+        return Stem(
+            case,
+            re.sub(r"\b(?:one of )?the following\b", "one of these", asking),
+            "statement",
+            True,
+        )
+    return Stem(case, *_form(asking, question_mark), needs_options)
+
+
+def clean(question: str) -> str:
+    """The question without the marks that exams left in it: years, exam names, alternative wordings."""
+    text = question.replace("\xa0", " ").replace("&;", "'").strip().strip('"').strip()
+    for _ in range(2):
+        for noise in EXAM_NOISE:
+            text = noise.sub("", text)
+    if "(or)" in text[:220].lower():
+        text = ALTERNATIVE.sub("", text)
+    return MISSING_BLANK.sub(" ", text)
+
+
+def split_case(text: str) -> tuple[str, str]:
+    """The vignette, with its trailing blank, and the sentence that asks."""
+    starts = [0, *(match.end() for match in SENTENCE_END.finditer(text))]
+    ends = [*starts[1:], len(text)]
+    asked = len(starts) - 1
+    while asked > 0 and not re.search(r"[A-Za-z]{2}", text[starts[asked] : ends[asked]]):
+        asked -= 1
+    which = [i for i in range(len(starts)) if WHICH.search(text, starts[i], ends[i])]
+    if which and not ASKS.search(text[starts[asked] :]):
+        asked = which[-1]
+    start, end = starts[asked], ends[asked]
+    case, tail = text[:start], text[end:].strip()
+    if re.search(r"\w", tail):  # a table that stands after the question belongs to the case
+        case = f"{case}{tail} "
+    return case, text[start:end].strip().lstrip("| ").rstrip("| ")
+
+
+def _exception(body: str) -> str:
+    """`All of the following are X` → `All of these are X except one`."""
+    if match := TRUE_ALL.match(body):
+        return f"All of these are true {match[1].lower()} {match[2].rstrip(' ,')} except one"
+    body, changed = re.subn(
+        rf"\b(?:all|each|any)\s+(?:of\s+)?(?:the\s+)?{FOLLOWING}\b",
+        "all of these",
+        body,
+        count=1,
+        flags=re.I,
+    )
+    if not changed:
+        body = re.sub(
+            r"^(?:all|each)\s+(?=are\b|is\b|have\b|has\b|can\b|were\b|may\b)",
+            "All of these ",
+            body,
+            count=1,
+            flags=re.I,
+        )
+        body = re.sub(
+            rf"\b(?:all|the\s+{FOLLOWING}|{FOLLOWING})[\s,:;-]*$",
+            "all of these",
+            body,
+            count=1,
+            flags=re.I,
+        )
+        body = re.sub(rf"^(?:the\s+)?{FOLLOWING}\b", "All of these", body, count=1, flags=re.I)
+        body = re.sub(rf"\b(?:the\s+)?{FOLLOWING}\b", "these", body, count=1, flags=re.I)
+    body = _capitalised(body.strip(" ,;:-–"))
+    if re.match(r"all\s+except\s+one\b", body, re.I):
+        return re.sub(
+            r"^all\s+except\s+one\b(?:\s+of\s+these)?", "All except one of these", body, flags=re.I
+        )
+    return (
+        f"{body} except one"
+        if re.search(r"\bthese\b", body, re.I)
+        else f"{body} except one of these"
+    )
+
+
+def _of_these(asking: str) -> str:
+    return WHICH.sub(
+        lambda match: "Which of these" if match.start() == 0 else "which of these", asking, count=1
+    )
+
+
+def _rewrite_which(asking: str, match: re.Match) -> str:
+    """`Which of the following is …` → `What is …`; `… which of the following drugs` → `… which drug`."""
+    before, after = asking[: match.start()], asking[match.end() :]
+    words = after.split()
+    first = words[0].lower().strip(",") if words else ""
+    second = words[1].lower() if len(words) > 1 else ""
+    is_verb = first in VERBS and second not in AUXILIARIES and second not in ADVERBS
+    if not words or is_verb or first in AUXILIARIES or first in ADVERBS or first in PREPOSITIONS:
+        pronoun = "What" if not before.strip() else "what"
+        return f"{before}{pronoun}{after}"
+    pronoun = "Which" if not before.strip() else "which"
+    return f"{before}{pronoun} {_noun_phrase(after.lstrip())}"
+
+
+def _noun_phrase(after: str) -> str:
+    """The words after "which of the following", their head noun made singular unless its verb is plural."""
+    words = after.split(" ")
+    head = 0
+    while head + 1 < len(words) and head < 6 and not _stops(words[head + 1]):
+        if words[head].endswith((",", "?", ":", ".")):
+            break
+        head += 1
+    if head == 6 and len(words) > 7:  # no verb in sight: only the first plural can be meant
+        head = next((i for i in range(6) if _singular(words[i]) != words[i]), 0)
+    if not _plural_verb(words[head + 1 :]):
+        words[head] = _singular(words[head])
+    return " ".join(words)
+
+
+def _stops(word: str) -> bool:
+    word = word.lower().strip(",?")
+    return word in AUXILIARIES or word in ADVERBS or word in PREPOSITIONS or word in VERBS
+
+
+def _plural_verb(words: list[str]) -> bool:
+    """Whether the first verb among `words` is one that only a plural noun takes."""
+    for i, word in enumerate(words[:12]):
+        word = word.lower().strip(",?")
+        if word in AUXILIARIES:
+            return word in PLURAL_VERBS
+        if word in ADVERBS:
+            following = words[i + 1].lower() if i + 1 < len(words) else ""
+            if following in ADVERBS or following in AUXILIARIES:
+                continue
+            return not following.endswith(("s", "ed", "ly"))
+        if word in VERBS:
+            return not word.endswith("s")
+    return False
+
+
+def _singular_phrase(phrase: str) -> str:
+    words = phrase.split()
+    if words:
+        words[-1] = _singular(words[-1])
+    return " ".join(words) + (" " if phrase.endswith(" ") else "")
+
+
+def _singular(word: str) -> str:
+    bare = word.rstrip("?,.:")
+    tail, low = word[len(bare) :], bare.lower()
+    if low in IRREGULAR:
+        return IRREGULAR[low] + tail
+    if (
+        len(low) < 4
+        or low in UNCHANGED
+        or not low.endswith("s")
+        or low.endswith(("ss", "us", "is"))
+    ):
+        return word
+    if low.endswith("ies"):
+        return bare[:-3] + "y" + tail
+    if low.endswith(("sses", "shes", "ches", "xes", "zzes")):
+        return bare[:-2] + tail
+    return bare[:-1] + tail
+
+
+def _form(asking: str, question_mark: bool) -> tuple[str, str]:
+    if ASKS.search(asking + ("?" if question_mark else "")):
+        return asking + "?", "question"
+    if UNFINISHED.search(asking):
+        return asking, "statement"
+    return asking, "phrase"
+
+
+def _sentence(text: str) -> str:
+    return _capitalised(" ".join(text.split(" ")).strip())
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
