@@ -20,13 +20,9 @@ from data_prep.sources import BENCHMARK, POOL, RESERVE
 
 FEW_SHOT = 16
 FEW_SHOT_CANDIDATES = 200  # looked at, so that rare answers are among them
-# The split few-shot examples come from: labelled like the benchmark, and never part of it.
-FEW_SHOT_SPLIT = {
-    "medqa": "train",
-    "medmcqa": "train",
-    "pubmedqa": "labelled",
-    "pubhealth": "train",
-}
+# Of the training pool, but for PubMedQA: its pool never answers maybe, its labelled reserve does.
+FEW_SHOT_ROLE = {"medqa": POOL, "medmcqa": POOL, "pubmedqa": RESERVE, "pubhealth": POOL}
+OPTIONS = {"medqa": 4, "medmcqa": 4, "pubmedqa": 3, "pubhealth": 4}
 TWO_CLASS = ("true", "false")  # the usual form of PubHealth without its two smaller classes
 
 
@@ -59,14 +55,14 @@ def held_out(record: Record) -> HeldOut:
     return HeldOut(record.id, record.question, record.options, record.context, record.pmid)
 
 
-def few_shot(candidates: Iterable[Record], guard: Guard) -> list[Record]:
-    """Up to `FEW_SHOT` of the records that are not held out, the right answers in turn."""
+def few_shot(candidates: Iterable[Record], guard: Guard, size: int) -> list[Record]:
+    """Up to `size` of the records that are not held out, the right answers in turn."""
     by_answer: dict[int, list[Record]] = {}
     for record in candidates:
         if guard.leak(held_out(record)) is None:
             by_answer.setdefault(record.answer, []).append(record)
     rounds = zip_longest(*(by_answer[answer] for answer in sorted(by_answer)))
-    return [record for turn in rounds for record in turn if record][:FEW_SHOT]
+    return [record for turn in rounds for record in turn if record][:size]
 
 
 def write(parts: list[Part], output: Output) -> list[HeldOut]:
@@ -88,11 +84,14 @@ def write_few_shot(parts: list[Part], guard: Guard, output: Output) -> None:
     Those of a training pool stay in it; those of a reserve are FidelityBench-Med's no more.
     """
     for part in parts:
-        rows = np.concatenate([part.rows(RESERVE), part.rows(POOL)])
-        rows = rows[part.account.splits[rows] == FEW_SHOT_SPLIT[part.name]][:FEW_SHOT_CANDIDATES]
-        by_id = {(record := part.record(row)).id: (record, row) for row in rows}
-        chosen = few_shot((record for record, _ in by_id.values()), guard)
+        role = FEW_SHOT_ROLE[part.name]
+        rows = part.rows(role)
+        # A reserve is scarce where the data is: FidelityBench-Med keeps most of it.
+        size = FEW_SHOT if role == POOL else min(FEW_SHOT, len(rows) // 4)
+        records = {row: part.record(row) for row in rows[:FEW_SHOT_CANDIDATES].tolist()}
+        fitting = {r.id: row for row, r in records.items() if len(r.options) == OPTIONS[r.source]}
+        chosen = few_shot((records[row] for row in fitting.values()), guard, size)
         for name, lines in files(part.name, list(map(benchmark_row, chosen))).items():
             output.write(f"benchmarks/few_shot/{name}.jsonl", lines)
-        taken = np.array([by_id[record.id][1] for record in chosen], dtype=np.int64)
-        part.account.decide(taken[part.roles[taken] == RESERVE], "kept: few-shot example")
+        if role == RESERVE:
+            part.account.decide([fitting[r.id] for r in chosen], "kept: few-shot example")

@@ -123,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--medppl_from",
         type=Path,
-        help="a file or folder of passages instead of PubMedQA's abstracts",
+        help="a file or folder of passages for MedPPL, besides PubMedQA's unlabelled abstracts "
+        "(default: DIR/passages where there is one)",
     )
     add("--medppl_size", type=_count, default=10_000, help="passages (default: 10k)")
     add("--fidelitybench_size", type=_count, default=1_500, help="prompts (default: 1500)")
@@ -152,8 +153,9 @@ def _count(text: str) -> int:
 def _find(options: argparse.Namespace) -> list[Input]:
     raw_dir = inputs.SAMPLE if options.sample else options.raw_dir
     found = [inputs.find(name, raw_dir) for name in NAMES if name in options.sources]
-    if options.medppl_from:
-        found.append(inputs.passages(options.medppl_from))
+    given = options.medppl_from or (raw_dir / "passages" if raw_dir else None)
+    if options.medppl_from or (given and given.is_dir()):
+        found.append(inputs.passages(given))
     return found
 
 

@@ -12,6 +12,7 @@ A mixture, and an abstract answered maybe, have no claims.
 
 import itertools
 import re
+from collections import Counter
 
 from data_prep.benchmarks import held_out
 from data_prep.decontaminate import Guard, HeldOut
@@ -98,14 +99,16 @@ def write(
     parts: list[Part], guard: Guard, output: Output, ledger: Ledger, size: int
 ) -> list[HeldOut]:
     """Write the benchmark from the datasets' reserves, in turn; returns what it holds out."""
-    queues = {part: iter(part.rows(RESERVE)) for part in parts if part.name in SOURCES}
+    waiting = {part.name: (part, iter(part.rows(RESERVE))) for part in parts}
+    waiting = {name: waiting[name] for name in SOURCES if name in waiting}
+    given = Counter()
     lines: list[dict] = []
     protected: list[HeldOut] = []
-    while queues and len(lines) < size:
-        part = min(queues, key=lambda part: sum(line["source"] == part.name for line in lines))
-        row = next(queues[part], None)
+    while waiting and len(lines) < size:
+        part, rows = waiting[min(waiting, key=given.__getitem__)]
+        row = next(rows, None)
         if row is None:
-            del queues[part]
+            del waiting[part.name]
             continue
         record = part.record(row)
         line = prompt_row(record, guard)
@@ -115,6 +118,7 @@ def write(
             continue
         part.account.decide([row], "kept: fidelitybench")
         lines.append(line)
+        given[part.name] += 1
         evidence_texts = tuple(passage["text"] for passage in line["evidence"])
         protected.append(HeldOut(record.id, record.question, (), evidence_texts, record.pmid))
     output.write("fidelitybench_med.jsonl", lines)

@@ -35,7 +35,7 @@ def text_of(record: Record) -> str:
 
 def candidates(work: Workspace, source: str, records: Dataset, guard: Guard) -> Dataset:
     """The table of `CANDIDATES`, one for each record, in their order."""
-    name = f"{source}: passages"
+    name = f"{source} passages"
     return work.map(name, records, _candidates, CANDIDATES, source=source, guard=guard)
 
 

@@ -21,7 +21,7 @@ class Output:
         self.files: dict[str, dict] = {}
 
     def write(self, name: str, rows: Iterable[dict]) -> None:
-        """One JSON object per line; notes rows and sha256."""
+        """One JSON object per line; notes rows and sha256. Without rows there is no file."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
@@ -31,18 +31,21 @@ class Output:
                 count += 1
             file.flush()
             os.fsync(file.fileno())
-        self.files[name] = {"rows": count, "sha256": sha256(path)}
+        if count:
+            self.files[name] = {"rows": count, "sha256": sha256(path)}
 
     def publish(self, out: Path, report: dict, page: str) -> None:
         """Move the files to `out`, the report last: what it names is there, whole.
 
-        Empty files do not stay: whoever reads one would only be told that it is empty.
+        Files of an earlier build that this one does not make are removed.
         """
-        (out / REPORT).unlink(missing_ok=True)
-        for name, file in self.files.items():
+        before = out / REPORT
+        earlier = json.loads(before.read_text())["files"] if before.is_file() else {}
+        before.unlink(missing_ok=True)
+        for name in earlier:
             (out / name).unlink(missing_ok=True)
-            if file["rows"]:
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self.folder / name, out / name)
+        for name in self.files:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.folder / name, out / name)
         write_text(out / "build_report.md", page)
         write_text(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")

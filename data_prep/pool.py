@@ -35,7 +35,7 @@ PROMPTS = Features(
 
 def prepare(work: Workspace, source: str, records: Dataset, guard: Guard) -> Dataset:
     """The table of `PROMPTS`, one for each record, in their order."""
-    name = f"{source}: convert and decontaminate"
+    name = f"{source} convert and decontaminate"
     return work.map(name, records, _prompts, PROMPTS, source=source, guard=guard)
 
 

@@ -26,9 +26,9 @@ RECORDS = Features(
 
 def read(work: Workspace, source: Source, files: list[DataFile], facts: object) -> Dataset:
     """The table of `RECORDS` of all rows of `files`, in their order."""
-    rows = work.table(f"{source.name}: read", lambda: _rows(files), ROWS)
+    rows = work.table(f"{source.name} read", lambda: _rows(files), ROWS)
     return work.map(
-        f"{source.name}: check", rows, _normalise, RECORDS, name=source.name, facts=facts
+        f"{source.name} check", rows, _normalise, RECORDS, name=source.name, facts=facts
     )
 
 

@@ -6,6 +6,7 @@ A workspace belongs to one build: the same inputs, settings and code. For any ot
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,26 +34,29 @@ class Workspace:
         self.resumed = folder.exists()
         write_text(marker, key)
 
-    def table(self, name: str, rows: Callable[[], Iterator[dict]], features: Features) -> Dataset:
+    def table(self, stage: str, rows: Callable[[], Iterator[dict]], features: Features) -> Dataset:
         """A table written once, of whatever `rows` yields."""
-        path = self.folder / f"{name}.arrow"
+        path = self.folder / f"{stage}.arrow"
         if not path.exists():
-            partial = path.with_suffix(".partial")
+            unfinished = path.with_suffix(".partial")
             schema = features.arrow_schema
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            with (
+                pa.OSFile(str(unfinished), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as writer,
+            ):
                 chunk = []
-                for row in tqdm(rows(), desc=name, unit=" rows", mininterval=1.0):
+                for row in tqdm(rows(), desc=stage, unit=" rows", mininterval=1.0):
                     chunk.append(row)
                     if len(chunk) == CHUNK:
                         writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
                         chunk = []
                 writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
-            os.replace(partial, path)
+            os.replace(unfinished, path)
         return Dataset.from_file(str(path))
 
     def map(
         self,
-        name: str,
+        stage: str,
         table: Dataset,
         function: Callable[[dict], dict],
         features: Features,
@@ -61,7 +65,7 @@ class Workspace:
         """`function(columns of some rows, **given) -> columns`, in parallel, computed once."""
         parallel = self.jobs > 1 and len(table) >= FEWEST_PER_PROCESS
         return table.map(
-            function,
+            partial(_typed, function=function, schema=features.arrow_schema),
             batched=True,
             batch_size=CHUNK,
             num_proc=self.jobs if parallel else None,
@@ -69,12 +73,17 @@ class Workspace:
             remove_columns=table.column_names,
             fn_kwargs=given,
             # Ours decide what is reused: the key above covers all that the function's result rests on.
-            cache_file_name=str(self.folder / f"{name}.arrow"),
-            new_fingerprint=name,
+            cache_file_name=str(self.folder / f"{stage}.arrow"),
+            new_fingerprint=stage,
             load_from_cache_file=True,
-            desc=name,
+            desc=stage,
         )
 
     def close(self) -> None:
         """Remove the tables: the build is complete."""
         shutil.rmtree(self.folder)
+
+
+def _typed(columns: dict, *, function: Callable, schema: pa.Schema, **given) -> pa.Table:
+    """The columns with their types: left to guess, datasets takes no unsigned 64-bit numbers."""
+    return pa.Table.from_pydict(function(columns, **given), schema)

@@ -12,7 +12,8 @@ def normalise(row: dict, split: str, facts: None) -> Record:
     return Record(
         source="passages",
         split=split,
-        native_id=identity(row, "id", "pmid") or content_id(passage),
+        # Ids of collections put together clash (MedQuAD's do), so the text is part of them.
+        native_id="-".join(filter(None, (identity(row, "id", "pmid"), content_id(passage)))),
         question="",
         options=(),
         answer=-1,
