@@ -68,21 +68,20 @@ def build(settings: Settings, found: list[Input], out: Path, jobs: int) -> dict:
     medppl.write(work, everything, guard, table, output, ledger, settings.passages)
     for part in everything:
         part.account.decide(part.account.undecided(), "left out: held in reserve")
-    result = report(_plain(settings), digests, ledger, output.files, processed)
+    result = report(asdict(settings), digests, ledger, output.files, processed)
     output.publish(out, result, markdown(result))
     work.close()
     return result
 
 
 def _key(settings: Settings, digests: list[dict]) -> str:
-    code = [inputs.sha256(path) for path in sorted(Path(__file__).parent.rglob("*.[pyt]*"))]
+    """Of everything the tables of the workspace depend on, this code among it."""
+    kept = {k: v for k, v in asdict(settings).items() if k not in ("size", "on_bad_row")}
+    here = Path(__file__).parent
+    files = [*here.glob("*.*"), *(here / "sources").glob("*.*")]
+    code = [inputs.sha256(path) for path in sorted(files)]
     libraries = [version(name) for name in ("datasketch", "datasets", "numpy", "xxhash")]
-    told = json.dumps([_plain(settings), digests, code, libraries])
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _plain(settings: Settings) -> dict:
-    return json.loads(json.dumps(asdict(settings)))
+    return hashlib.sha256(json.dumps([kept, digests, code, libraries]).encode()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

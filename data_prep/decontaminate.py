@@ -110,8 +110,6 @@ class Guard:
 
     def __post_init__(self) -> None:
         self._owners: list[str] = []
-        self._shingles: list[np.ndarray] = []
-        self._similar = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
         hashed = []
         for record in self.records:
             question = words(record.question)
@@ -122,15 +120,20 @@ class Guard:
             for tokens in (question, *map(words, record.texts)):
                 if tokens:
                     hashed.append(word_hashes(tokens))
-                    self._add(record.id, shingles(hashed[-1]))
+                    self._owners.append(record.id)
         self._runs = RunIndex(hashed)
-        seen, times = np.unique(np.concatenate([*self._shingles, _NONE]), return_counts=True)
+        texts = [shingles(text) for text in hashed]
+        seen, times = np.unique(np.concatenate([*texts, _NONE]), return_counts=True)
         self._boilerplate = seen[times >= BOILERPLATE]
+        self._shingles = [self._telling(text) for text in texts]
+        self._similar = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
+        for number, text in enumerate(self._shingles):
+            self._similar.insert(number, min_hash(text), check_duplication=False)
 
-    def _add(self, owner: str, text: np.ndarray) -> None:
-        self._similar.insert(len(self._owners), min_hash(text), check_duplication=False)
-        self._owners.append(owner)
-        self._shingles.append(text)
+    def _telling(self, text: np.ndarray) -> np.ndarray:
+        """A text's shingles without the boilerplate, unless it is nothing else."""
+        telling = np.setdiff1d(text, self._boilerplate, assume_unique=True)
+        return telling if len(telling) else text
 
     def leak(self, record: HeldOut) -> Leak | None:
         """The first stage that finds this record among those held out, or None."""
@@ -160,15 +163,11 @@ class Guard:
         return self._owners[hit[0]] if len(hit) else None
 
     def _alike(self, text: np.ndarray) -> str | None:
+        text = self._telling(text)
         for candidate in sorted(self._similar.query(min_hash(text))):
-            if self._similarity(text, self._shingles[candidate]) >= SIMILARITY:
+            if jaccard(text, self._shingles[candidate]) >= SIMILARITY:
                 return self._owners[candidate]
         return None
-
-    def _similarity(self, one: np.ndarray, other: np.ndarray) -> float:
-        """Jaccard without the boilerplate, unless a text is nothing else."""
-        telling = [np.setdiff1d(text, self._boilerplate, True) for text in (one, other)]
-        return jaccard(*telling) if all(map(len, telling)) else jaccard(one, other)
 
 
 def options_key(question: list[str], options: Iterable[str]) -> int:
