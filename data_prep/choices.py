@@ -133,10 +133,11 @@ def _resolve(place: int, options: tuple[str, ...]) -> str | None:
     if match := BOTH_LETTERS.fullmatch(option):
         return _join("both", match[1], options)
     match = REFERENCE.fullmatch(option)
-    texts = [o for o in options if len(o) > 3 and not REFERENCE.fullmatch(o)]
-    if match and (match["how"] or len(texts) >= 2):
+    if match and (
+        match["how"] or sum(len(o) > 3 and not REFERENCE.fullmatch(o) for o in options) > 1
+    ):
         letters = re.findall(r"\b[A-Ea-e1-5]\b", match["letters"])
-        return _join((match["how"] or "both").lower(), "".join(letters), options)
+        return _join((match["how"] or "").lower(), "".join(letters), options)
     if match := ABOVE.fullmatch(option):
         how = match[1].lower()
         if how in {"all", "none", "any"}:

@@ -29,7 +29,7 @@ REFERENCE_NOTES = [
     re.compile(r"\(?\bh?t?t?[it]?ps?:/+\S+"),
 ]  # fmt: skip
 MARKER = re.compile(r"(?<![\w)\]])\(?[A-Ha-h]\)\s*")
-ENUMERATED = re.compile(r"(?<![\w)\]])\(?a\).*(?<![\w)\]])\(?b\)", re.S | re.I)
+FIRST_MARKER, SECOND_MARKER = (re.compile(rf"(?<![\w)\]])\(?{x}\)", re.I) for x in "ab")
 LINE_LETTER = re.compile(r"(?m)^\s*[A-Ha-h]\.\s+(?=[A-Z])")
 GLUED_SENTENCES = re.compile(r"(?<=[a-z)]{2}\.)(?=[A-Z][a-z])")
 SENTENCES = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z\"“(*'\[])|\n+")
@@ -61,7 +61,7 @@ def clean_explanation(explanation: str, answer: str, options: tuple[str, ...] = 
     for note in REFERENCE_NOTES:
         text = note.sub(" ", text)
     text = EXPLANATION_WORD.sub("", text.lstrip(" .:;,"))
-    if ENUMERATED.search(text):
+    if (first := FIRST_MARKER.search(text)) and SECOND_MARKER.search(text, first.end()):
         text = MARKER.sub(" ", text)
     text = LINE_LETTER.sub("", text)
     text = GLUED_SENTENCES.sub(" ", text)

@@ -6,10 +6,12 @@ counts as a leak only in the shapes that exams and their answer keys use.
 
 import re
 
-# "A" before a lower-case word or a number is an article: "Answer: A 45-year-old man", "option a patient has".
+# "A" before a lower-case word or a number is an article: "Answer: A 45-year-old man".
 LETTER = (
     r"(?:[B-Eb-e]\b(?!['’]s|-)|[Aa]\b(?!['’]s|-|\s+(?!is\b|are\b|was\b|and\b|or\b|can\b)[a-z0-9]))"
 )
+# The start of a word, also of one glued to the word before it: "CarbamazepineBoth A and B".
+START = r"(?:\b|(?<=[a-z])(?=[A-Z]))"
 QUOTES = ("'", '"', "‘", "“")
 
 # Each shape with words of which one must occur, in lower case: looking for those first is ten times faster.
@@ -19,14 +21,14 @@ LEAKS = [
         # Option A, choice (b), options 2 and 3, Alternative C
         (
             ("option", "choice", "alternative", "distractor"),
-            r"(?i:\b(?:options?|choices?|alternatives?|distractors?))\b\s*(?:no\.?|number)?[-:.#]?\s*['‘\"“(\[]?"
-            rf"(?:{LETTER}|[1-5]\b(?!\s*(?:mg|ml|g|%|years?|weeks?|days?|months?|hours?|\.\d|-)))",
+            rf"{START}(?i:(?:options?|choices?|alternatives?|distractors?))\b\s*(?:no\.?|number)?[-:.#]?\s*['‘\"“(\[]?"
+            r"(?:[A-Ea-e]\b(?!['’]s|-)|[1-5]\b(?!\s*(?:mg|ml|g|%|years?|weeks?|days?|months?|hours?|\.\d|-)))",
         ),
         # Ans. (b), Ans: D. Odorants, Answer- B, answer is 'c'
         (
             ("ans",),
-            rf"(?i:\b(?:ans|answers?))\b[\s.:=–—-]*(?i:(?:is|key|would be)\b)?[\s.:=–—-]*"
-            rf"(?:['‘\"“(\[][A-Ea-e1-5]['’\"”)\]]|{LETTER}(?=[\s.:),;\]'’\"”–-]|$)|[1-5](?=[.):]\D))",
+            rf"{START}(?i:(?:ans|answers?))\b[\s.:=–—-]*(?i:(?:is|key|would be)\b)?[\s.:=–—-]*"
+            rf"(?:['‘\"“(\[][A-Ea-e1-5]['’\"”)\]]|{LETTER}(?=[\s.:(),;\]'’\"”–-]|$)|[1-5](?=[.):]\D))",
         ),
         (("ans",), r"\b[Aa]ns\s*[.:–-]"),
         # Correct: C; the key is D
@@ -41,7 +43,7 @@ LEAKS = [
         # Both A and B, only C, neither A nor B
         (
             ("both", "only", "neither", "either"),
-            r"(?i:\b(?:both|only|neither|either))\s+[A-E]\s*(?:and|&|or|nor|,|/)\s*[A-E]\b"
+            rf"{START}(?i:(?:both|only|neither|either))\s+[A-Ea-e]\s*(?:and|&|or|nor|,|/)\s*[A-Ea-e]\b"
             r"(?!\s*-?\s*(?:cells?|fib|vir))",
         ),
         # a,b,d ruled out; B and C are wrong

@@ -8,6 +8,8 @@ what was offered ("all of these except"), the stem says so and the options are s
 import re
 from dataclasses import dataclass
 
+from data_prep.nouns import noun_phrase, singular_phrase, stands_for_noun
+
 
 @dataclass(frozen=True)
 class Stem:
@@ -50,7 +52,7 @@ LEFT_HANGING = re.compile(
 WHAT_DESCRIBE = re.compile(r"(\bwhat (?:\w+ )?(?:describe|explain|represent|characterize))\b", re.I)
 THE_FOLLOWING_IS = re.compile(rf"\bthe {FOLLOWING} (is|are)\b", re.I)
 EXCEPT = re.compile(
-    r"[\s,;:.(]*\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
+    r"\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
     re.I,
 )
 NEGATED = re.compile(
@@ -96,156 +98,6 @@ UNFINISHED = re.compile(
     re.I,
 )
 
-AUXILIARIES = [
-    "is",
-    "are",
-    "was",
-    "were",
-    "has",
-    "have",
-    "had",
-    "does",
-    "do",
-    "did",
-    "would",
-    "will",
-    "could",
-    "can",
-    "may",
-    "might",
-    "should",
-    "must",
-    "shall",
-]
-PLURAL_VERBS = {"are", "were", "have", "do"}
-ADVERBS = set(
-    [
-        "best",
-        "most",
-        "also",
-        "least",
-        "likely",
-        "not",
-        "commonly",
-        "usually",
-        "typically",
-        "more",
-        "only",
-        "primarily",
-        "mostly",
-        "often",
-        "first",
-        "correctly",
-        "accurately",
-        "directly",
-    ]
-)
-PREPOSITIONS = set(
-    [
-        "in",
-        "of",
-        "that",
-        "about",
-        "regarding",
-        "to",
-        "for",
-        "if",
-        "by",
-        "from",
-        "on",
-        "with",
-        "at",
-        "during",
-        "after",
-        "under",
-        "used",
-        "seen",
-        "when",
-        "concerning",
-        "who",
-        "describing",
-        "associated",
-    ]
-)
-VERBS = set(
-    [
-        "describes",
-        "explains",
-        "represents",
-        "transmits",
-        "characterizes",
-        "characterises",
-        "constitutes",
-        "contributes",
-        "indicates",
-        "includes",
-        "include",
-        "show",
-        "shows",
-        "cause",
-        "causes",
-        "transmit",
-        "matches",
-        "match",
-        "helps",
-        "help",
-        "make",
-        "makes",
-        "predicts",
-        "suggests",
-        "distinguishes",
-        "differentiates",
-        "confirms",
-        "supports",
-        "accounts",
-        "increases",
-        "decreases",
-        "produces",
-        "inhibits",
-        "stimulates",
-        "passes",
-        "occurs",
-        "lacks",
-        "contains",
-        "provides",
-        "requires",
-        "belongs",
-        "describe",
-        "explain",
-        "represent",
-        "correlates",
-        "acts",
-        "develops",
-        "regulates",
-        "mediates",
-        "reduces",
-        "prevents",
-        "remains",
-        "differentiate",
-        "produce",
-        "inhibit",
-        "regarding",
-    ]
-)
-IRREGULAR = {
-    "bacteria": "bacterium", "criteria": "criterion", "phenomena": "phenomenon", "diagnoses": "diagnosis",
-    "hypotheses": "hypothesis", "fungi": "fungus", "nuclei": "nucleus", "indices": "index",
-    "metastases": "metastasis", "vertebrae": "vertebra", "viruses": "virus", "sinuses": "sinus",
-    "bacilli": "bacillus", "biases": "bias", "analyses": "analysis", "prognoses": "prognosis",
-    "foramina": "foramen", "bronchi": "bronchus", "loci": "locus", "stimuli": "stimulus",
-}  # fmt: skip
-UNCHANGED = {
-    "series",
-    "species",
-    "diabetes",
-    "herpes",
-    "pancreas",
-    "biceps",
-    "triceps",
-    "rabies",
-    "yes",
-}
-
 MONTHS = r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*"
 EXAMS = (
     r"(?:AIIMS|AIPGMEE|AIPG|PGMEE|PGMCET|PGI|NEET|DNB|JIPMER|UPSC|COMEDK?|KCET|KAR|FMGE|NBE|MAHE|CMC|AFMC|DPG"
@@ -260,7 +112,7 @@ EXAM_NOISE = [
     re.compile(r"\s*aEUR\S*\s*$"),
 ]  # fmt: skip
 ALTERNATIVE = re.compile(r"^.{3,200}?\(or\)\s*(?=\S.{10})", re.I | re.S)
-TRAILING = re.compile(r"[\s:;,–—_(=-]+$")
+TRAILING = " \n\t:;,–—_(=-"
 MISSING_BLANK = re.compile(r"(?<=[a-z)]{2}[.?])(?=(?:Which|What|All|The|In|A|On|Best|Most)\b)")
 WRAPPED = re.compile(r"(?<=[a-z,]) *\n(?=[a-z])")
 SENTENCE_END = re.compile(
@@ -272,9 +124,11 @@ def parse_stem(question: str) -> Stem:
     """The case and the asking sentence of a multiple-choice question, rewritten to stand alone."""
     case, asking = split_case(clean(question))
     question_mark = "?" in asking[-3:]
-    asking = TRAILING.sub("", asking.rstrip(" ?.:;|\n"))
+    asking = asking.rstrip(" ?.:;|\n").rstrip(TRAILING)
     if EXCEPT.search(asking) or re.match(r"all\s+except\s+one\b", asking, re.I):
-        return Stem(case, _exception(EXCEPT.sub("", asking)), "exception", True)
+        return Stem(
+            case, _exception(EXCEPT.sub("", asking).rstrip(TRAILING + ".")), "exception", True
+        )
     asking = OF_THE_FOLLOWING.sub("", asking)
     asking = AMONG.sub("", asking)
     if match := TRUE_ABOUT.search(asking):
@@ -288,8 +142,8 @@ def parse_stem(question: str) -> Stem:
         needs_options |= bool(INDEFINITE.match(after) and not DEFINITE.search(asking))
         asking = _rewrite_which(asking, match, "which of these" if needs_options else "what")
         return Stem(case, _sentence(asking) + "?", "question", needs_options)
-    asking = STARTS_WITH_FOLLOWING.sub(lambda m: f"Which {_singular_phrase(m[1])}", asking)
-    asking = ENDS_IN_THE_FOLLOWING.sub(lambda m: f"which {_singular_phrase(m[1])}", asking)
+    asking = STARTS_WITH_FOLLOWING.sub(lambda m: f"Which {singular_phrase(m[1])}", asking)
+    asking = ENDS_IN_THE_FOLLOWING.sub(lambda m: f"which {singular_phrase(m[1])}", asking)
     asking = _capitalised(asking.strip())
     asking = THE_FOLLOWING_IS.sub(r"which of these \1", asking, count=1)
     if LEFT_HANGING.search(asking):
@@ -304,8 +158,8 @@ def clean(question: str) -> str:
     """The question without the marks that exams left in it: years, exam names, alternative wordings."""
     text = question.replace("\xa0", " ").replace("&;", "'").strip().strip('"').strip()
     text, end = text[:-120], text[-120:]  # only the end is searched: vignettes are long
-    for _ in range(2):
-        for noise in EXAM_NOISE:
+    if "aEUR" in end or any(char.isdigit() or char in ")]" for char in end[-12:]):
+        for noise in EXAM_NOISE * 2:
             end = noise.sub("", end)
     text += end
     if "(or)" in text[:220].lower():
@@ -376,72 +230,9 @@ def _rewrite_which(asking: str, match: re.Match, pronoun: str) -> str:
     words = after.split()
     first = words[0].lower().strip(",") if words else ""
     second = words[1].lower() if len(words) > 1 else ""
-    is_verb = first in VERBS and second not in AUXILIARIES and second not in ADVERBS
-    if not words or is_verb or first in AUXILIARIES or first in ADVERBS or first in PREPOSITIONS:
+    if not words or stands_for_noun(first, second):
         return WHAT_DESCRIBE.sub(r"\1s", f"{before}{pronoun}{after}")
-    return f"{before}which {_noun_phrase(after.lstrip())}"
-
-
-def _noun_phrase(after: str) -> str:
-    """The words after "which of the following", their head noun made singular unless its verb is plural."""
-    words = after.split(" ")
-    head = 0
-    while head + 1 < len(words) and head < 6 and not _stops(words[head + 1]):
-        if words[head].endswith((",", "?", ":", ".")):
-            break
-        head += 1
-    if head == 6 and len(words) > 7:  # no verb in sight: only the first plural can be meant
-        head = next((i for i in range(6) if _singular(words[i]) != words[i]), 0)
-    if not _plural_verb(words[head + 1 :]):
-        words[head] = _singular(words[head])
-    return " ".join(words)
-
-
-def _stops(word: str) -> bool:
-    word = word.lower().strip(",?")
-    return word in AUXILIARIES or word in ADVERBS or word in PREPOSITIONS or word in VERBS
-
-
-def _plural_verb(words: list[str]) -> bool:
-    """Whether the first verb among `words` is one that only a plural noun takes."""
-    for i, word in enumerate(words[:12]):
-        word = word.lower().strip(",?")
-        if word in AUXILIARIES:
-            return word in PLURAL_VERBS
-        if word in ADVERBS:
-            following = words[i + 1].lower() if i + 1 < len(words) else ""
-            if following in ADVERBS or following in AUXILIARIES:
-                continue
-            return not following.endswith(("s", "ed", "ly"))
-        if word in VERBS:
-            return not word.endswith("s")
-    return False
-
-
-def _singular_phrase(phrase: str) -> str:
-    words = phrase.split()
-    if words:
-        words[-1] = _singular(words[-1])
-    return " ".join(words) + (" " if phrase.endswith(" ") else "")
-
-
-def _singular(word: str) -> str:
-    bare = word.rstrip("?,.:")
-    tail, low = word[len(bare) :], bare.lower()
-    if low in IRREGULAR:
-        return IRREGULAR[low] + tail
-    if (
-        len(low) < 4
-        or low in UNCHANGED
-        or not low.endswith("s")
-        or low.endswith(("ss", "us", "is"))
-    ):
-        return word
-    if low.endswith("ies"):
-        return bare[:-3] + "y" + tail
-    if low.endswith(("sses", "shes", "ches", "xes", "zzes")):
-        return bare[:-2] + tail
-    return bare[:-1] + tail
+    return f"{before}which {noun_phrase(after.lstrip())}"
 
 
 def _form(asking: str, question_mark: bool) -> tuple[str, str]:
