@@ -51,8 +51,9 @@ LEFT_HANGING = re.compile(
 )
 WHAT_DESCRIBE = re.compile(r"(\bwhat (?:\w+ )?(?:describe|explain|represent|characterize))\b", re.I)
 THE_FOLLOWING_IS = re.compile(rf"\bthe {FOLLOWING} (is|are)\b", re.I)
+# "expect" at the end of "all of these are true expect" is a slip; "would you expect" is not.
 EXCEPT = re.compile(
-    r"\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
+    r"(?<!you )(?<!we )(?<!to )\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
     re.I,
 )
 NEGATED = re.compile(
