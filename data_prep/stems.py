@@ -53,7 +53,7 @@ WHAT_DESCRIBE = re.compile(r"(\bwhat (?:\w+ )?(?:describe|explain|represent|char
 THE_FOLLOWING_IS = re.compile(rf"\bthe {FOLLOWING} (is|are)\b", re.I)
 # "expect" at the end of "all of these are true expect" is a slip; "would you expect" is not.
 EXCEPT = re.compile(
-    r"(?<!you )(?<!we )(?<!to )\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
+    r"(?<!you )(?<!we )(?<!to )(?<!also )(?<!would )\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
     re.I,
 )
 NEGATED = re.compile(
@@ -95,7 +95,7 @@ UNFINISHED = re.compile(
     r"\b(?:is|are|was|were|be|been|by|from|in|with|to|of|for|as|because|at|on|the|an?|than|that|into|include|includes"
     r"|including|through|upto|after|before|between|about|regarding|seen|called|known as|causes?|shows?|exceeds?|has|have"
     r"|indicates?|means?|denotes?|suggests?|produces?|inhibits?|contains?|during|within|via|against|over|under"
-    r"|increases?|decreases?|results? in|leads? to|except|likely|represents?|follows?|involves?|requires?)\s*$",
+    r"|increases?|decreases?|results? in|leads? to|except|expect|likely|represents?|follows?|involves?|requires?)\s*$",
     re.I,
 )
 
