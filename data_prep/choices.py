@@ -50,14 +50,15 @@ LABEL = re.compile(
     r"(?:(?:figure|image|picture|point|structure|area|curve|graph|label|option|marker)\s*)?\(?[A-Ea-e]\)?\.?",
     re.I,
 )
-CODE = re.compile(r"\(?([a-e]{1,5}|[a-e](?:\s*[,&]\s*[a-e])+)\)?")
-ORDER = re.compile(r"[a-eA-E](?:\s*[>\-→<]+\s*[a-eA-E])+|[A-E]{3,5}")
+CODE = re.compile(r"[a-eA-E](?:[\s,&]*(?:and\s+)?[a-eA-E]){0,4}(?:\s+only)?")
+ORDER = re.compile(r"[a-eA-E](?:\s*[>→<-]+\s*[a-eA-E])+")
 MATCHING = re.compile(
     r"\b[A-Ea-e]\s*[-–=:]\s*(?:[1-5]|[ivx]+\b|[p-s]\b).{0,8}\b[B-Eb-e]\s*[-–=:]\s*(?:[1-5]|[ivx]+\b|[p-s]\b)",
     re.S,
 )
 SYMBOLS = re.compile(r"[\W_]+")
-MARKS = [re.compile(rf"\(?(?<![A-Z(]){letter}\)\s*|\({letter}\)\s*", re.I) for letter in "abcdef"]
+LETTER = re.compile(r"[a-e](?!nd)(?<!and)")
+MARKS = [re.compile(rf"\(?{x}\)\s*|(?<!\w){x}\.\s", re.I) for x in "abcdef"]
 
 
 def resolve_choices(question: str, options: tuple[str, ...], answer: int) -> Choices:
@@ -76,49 +77,33 @@ def resolve_choices(question: str, options: tuple[str, ...], answer: int) -> Cho
         raise Unconvertible("options are symbols only")
     if any(MATCHING.search(option) for option in options):
         raise Unconvertible("options are matching codes")
-    if _all_like(CODE, [o for o in options if not ABOVE.fullmatch(o)]) or _all_like(ORDER, options):
-        return _decode(question, options, answer)
+    if all(CODE.fullmatch(o) or ORDER.fullmatch(o) or ABOVE.fullmatch(o) for o in options) and (
+        decoded := _decode(question, options[answer])
+    ):
+        return decoded
     if sum(bool(LABEL.fullmatch(option)) for option in options) >= 3:
         raise Unconvertible("options are labels only")
-    texts = [_resolve(option, options) for option in options]
-    plain = [text for text, meta in texts if not meta]
-    listed = list(dict.fromkeys(plain + [text for text, meta in texts if meta]))
-    text, meta = texts[answer]
-    return Choices(question, tuple(listed), text, meta=meta)
+    texts = [_resolve(place, options) for place in range(len(options))]
+    if texts[answer] is None:
+        raise Unconvertible("option letters cannot be removed")
+    meta = [text != option for text, option in zip(texts, options, strict=True)]
+    order = sorted(range(len(options)), key=lambda place: meta[place])  # stable: meta options last
+    listed = dict.fromkeys(texts[place] for place in order if texts[place])
+    return Choices(question, tuple(listed), texts[answer], meta=meta[answer])
 
 
-def _all_like(pattern: re.Pattern, options: list[str] | tuple[str, ...]) -> bool:
-    """Whether all options are codes: letters in ascending order, none twice."""
-    if len(options) < 2 or not all(pattern.fullmatch(option) for option in options):
-        return False
-    if pattern is CODE:
-        letters = [re.findall(r"[a-e]", option) for option in options]
-        return all(found == sorted(set(found)) for found in letters)
-    return all(
-        len(set(re.findall(r"[a-e]", o.lower()))) == len(re.findall(r"[a-e]", o.lower()))
-        for o in options
-    ) and (len({"".join(sorted(re.findall(r"[a-e]", o.lower()))) for o in options}) == 1)
-
-
-def _decode(question: str, options: tuple[str, ...], answer: int) -> Choices:
+def _decode(question: str, gold: str) -> Choices | None:
     """Options like "acd" or "b>a>c", whose statements stand in the stem as "a) … b) …"."""
     stem, statements = _statements(question)
     if len(statements) < 2:
-        raise Unconvertible("options are labels only")
-    gold = options[answer]
-    if ABOVE.fullmatch(gold):
-        raise Unconvertible("option letters cannot be removed")
-    places = ["abcdef".index(letter) for letter in re.findall(r"[a-f]", gold.lower())]
-    if max(places) >= len(statements):
+        return None
+    places = ["abcdef".index(letter) for letter in LETTER.findall(gold.lower())]
+    if ABOVE.fullmatch(gold) or max(places) >= len(statements):
         raise Unconvertible("option letters cannot be removed")
     chosen = [statements[place] for place in places]
-    if ORDER.fullmatch(gold):
-        return Choices(
-            stem,
-            tuple(sorted(statements)),
-            " > ".join(chosen) if ">" in gold else ", then ".join(chosen),
-            several=True,
-        )
+    if ORDER.fullmatch(gold):  # listed by name, so that the order given is not the answer
+        joined = (" > " if ">" in gold else ", then ").join(chosen)
+        return Choices(stem, tuple(sorted(statements)), joined, meta=True)
     return Choices(stem, tuple(statements), "; ".join(chosen), several=True)
 
 
@@ -135,60 +120,45 @@ def _statements(question: str) -> tuple[str, list[str]]:
         return question, []
     ends = [start for start, _ in spans[1:]] + [len(question)]
     texts = [
-        question[start:end].strip(" ,;.\n") for (_, start), end in zip(spans, ends, strict=True)
+        question[start:end].strip(" ,;.|\n") for (_, start), end in zip(spans, ends, strict=True)
     ]
     if not all(texts):
         return question, []
     return question[: spans[0][0]], [text[:1].upper() + text[1:] for text in texts]
 
 
-def _resolve(option: str, options: tuple[str, ...]) -> tuple[str, bool]:
-    """The option's text and whether it speaks about other options."""
+def _resolve(place: int, options: tuple[str, ...]) -> str | None:
+    """What the option says without pointing at another by its letter; None where that cannot be known."""
+    option = options[place]
     if match := BOTH_LETTERS.fullmatch(option):
-        return _join("both", list(match[1].upper()), options), True
+        return _join("both", match[1], options)
     match = REFERENCE.fullmatch(option)
-    others_are_texts = sum(len(o) > 3 and not REFERENCE.fullmatch(o) for o in options) >= 2
-    if match and (others_are_texts or match["how"]) and not re.fullmatch(r"[\d\s,/&+.-]+", option):
-        return _join(
-            (match["how"] or "both").lower(),
-            re.findall(r"[A-Ea-e1-5]\b", match["letters"]),
-            options,
-        ), True
+    if match and (
+        match["how"] or sum(len(o) > 3 and not REFERENCE.fullmatch(o) for o in options) > 1
+    ):
+        letters = re.findall(r"\b[A-Ea-e1-5]\b", match["letters"])
+        return _join((match["how"] or "").lower(), "".join(letters), options)
     if match := ABOVE.fullmatch(option):
         how = match[1].lower()
-        rest = [o for o in options if not ABOVE.fullmatch(o) and not REFERENCE.fullmatch(o)]
-        if how in {"both", "either", "neither"} and len(rest) == 2:
-            word = {"both": "and", "either": "or", "neither": "nor"}[how]
-            return f"{how.capitalize()} {_lower(rest[0])} {word} {_lower(rest[1])}", True
-        if (how in {"both", "either", "neither"} and "above" in option.lower()) or how == "both":
-            raise (
-                Unconvertible("option letters cannot be removed")
-                if len(rest) < 2
-                else Unconvertible("options cannot be told apart")
-            )
-        return f"{how.capitalize()} of these", True
-    return option, False
+        if how in {"all", "none", "any"}:
+            return f"{how.capitalize()} of these"
+        before = [o for o in options[:place] if not ABOVE.fullmatch(o)]
+        return _join(how, "AB", tuple(before)) if len(before) == 2 else None
+    return option
 
 
-def _join(how: str, letters: list[str], options: tuple[str, ...]) -> str:
-    places = ["12345".index(x) if x.isdigit() else "ABCDE".index(x.upper()) for x in letters]
-    if max(places) >= len(options) or any(
-        ABOVE.fullmatch(options[p]) or REFERENCE.fullmatch(options[p]) for p in places
-    ):
-        raise Unconvertible("option letters cannot be removed")
+def _join(how: str, letters: str, options: tuple[str, ...]) -> str | None:
+    """The texts of several options in one: "Both oedema and ascites"."""
+    places = [int(x) - 1 if x.isdigit() else "ABCDE".index(x.upper()) for x in letters]
+    if max(places) >= len(options):
+        return None
     texts = [options[place].rstrip(" .") for place in places]
-    texts = [texts[0], *(_lower(text) for text in texts[1:])]
+    if any(ABOVE.fullmatch(text) or REFERENCE.fullmatch(text) for text in texts):
+        return None
     word = {"either": "or", "neither": "nor"}.get(how, "and")
-    if how == "neither":
-        return f"Neither {_lower(texts[0])} nor {' nor '.join(texts[1:])}"
+    joined = f" {word} ".join([", ".join(texts[:-1]), texts[-1]])
     return (
-        f" {word} ".join(texts)
-        if len(texts) == 2
-        else f"{', '.join(texts[:-1])} {word} {texts[-1]}"
+        f"{how.capitalize()} {joined}"
+        if how in {"both", "either", "neither"} and len(texts) == 2
+        else joined
     )
-
-
-def _lower(text: str) -> str:
-    """The text as it stands inside a sentence: only an ordinary capitalised first word is lowered."""
-    first = text.split(" ", 1)[0]
-    return text[:1].lower() + text[1:] if first[1:].islower() and not first.endswith("'s") else text

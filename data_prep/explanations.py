@@ -12,13 +12,13 @@ from data_prep.letters import find_letter_leak
 
 KEY = re.compile(
     r"\A\W*(?:(?:correct\s+|the\s+)*(?:ans(?:wer)?s?|correct\s+option)\b(?:\s+key)?(?:\s+is)?[\s.:=,–—-]*(?:option\s+)?"
-    r"(?:['‘\"“(\[]+\s*[A-Ea-e1-5]\s*['’\"”)\]]+|(?:[A-Ea-e]|[1-5](?=[.):]\D))(?=[\s.:),;\]'’\"”–-]|\Z)(?!\s+[a-z0-9](?!\.)(?<!i)))?"
+    r"(?:['‘\"“(\[]+\s*[A-Ea-e1-5]\s*['’\"”)\]]+|(?:[A-Ea-e]|[1-5](?=[.):]\D))(?=[\s.:),;\]'’\"”–-]|\Z))?"
     r"|['‘\"“(\[]?[A-Ea-e]['’\"”)\]]?\W{0,3}(?=i\.?\s?e\b)|[(\[]?[A-Ea-e][.)\]]\s*(?=[A-Z0-9]))"
     r"[\s.:)\]'’\"”,–-]*(?:i\.?\s?e\b[.,\s]*)?",
     re.I,
 )
 HAS_KEY_WORD = re.compile(r"\A\W*(?:correct\s+|the\s+)*(?:ans|correct\s+option)", re.I)
-ARTICLE = re.compile(r"\A\W*(?:the\s+)?(?:ans(?:wer)?)\b[\s.:–-]*A\s+[a-z0-9]", re.I)
+ARTICLE = re.compile(r"\A\W*(?:the\s+)?(?:ans(?:wer)?)\b[\s.:–-]*(?-i:A\s+[a-z0-9])", re.I)
 EXPLANATION_WORD = re.compile(r"\A[\s.:]*(?:Explanation|Exp|Solutions?)\s*[.:-]+\s*", re.I)
 EDITION = r"\d+\s*(?:th|st|nd|rd)?\s*(?:/?\s*e(?:d(?:n|ition)?)?\b)"
 REFERENCE_NOTES = [
@@ -29,12 +29,13 @@ REFERENCE_NOTES = [
     re.compile(r"\(?\bh?t?t?[it]?ps?:/+\S+"),
 ]  # fmt: skip
 MARKER = re.compile(r"(?<![\w)\]])\(?[A-Ha-h]\)\s*")
-ENUMERATED = re.compile(r"(?<![\w)\]])\(?a\).*(?<![\w)\]])\(?b\)", re.S | re.I)
+FIRST_MARKER, SECOND_MARKER = (re.compile(rf"(?<![\w)\]])\(?{x}\)", re.I) for x in "ab")
 LINE_LETTER = re.compile(r"(?m)^\s*[A-Ha-h]\.\s+(?=[A-Z])")
 GLUED_SENTENCES = re.compile(r"(?<=[a-z)]{2}\.)(?=[A-Z][a-z])")
 SENTENCES = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z\"“(*'\[])|\n+")
 ABOUT_THE_EXAM = re.compile(
-    r"\b(?:in|of) (?:this|the(?: above| given)?) (?:question|mcq)\b|\bkey concept\s*:|\bbest (?:option|answer|choice) (?:is|would|among|here)\b"
+    r"\bRef(?:i|s|erences?)?\b\s*[.:]|\bRefi\b"
+    r"|\b(?:in|of) (?:this|the(?: above| given)?) (?:question|mcq)\b|\bkey concept\s*:|\bbest (?:option|answer|choice) (?:is|would|among|here)\b"
     r"|\b(?:the|given|above|all|other|these|following|provided|remaining|an|any|four|as) (?:\w+ )?(?<!treatment )(?<!therapeutic )(?<!management )(?<!surgical )(?:options?|choices)\b(?! (?:for|of|to|in) (?:the )?(?:treat|manag|ther|patient))"
     r"|\bruled? out options?\b|\brules out option\b|\bby exclusion\b|\b(?:our|best|correct|right) answer\b|\banswer (?:is|here|would)\b"
     r"|\b(?:figure|fig|image|picture|diagram|photograph)s?\b\.?\s*(?:\(|\d|shows?\b|above\b|below\b|given\b)",
@@ -60,7 +61,7 @@ def clean_explanation(explanation: str, answer: str, options: tuple[str, ...] = 
     for note in REFERENCE_NOTES:
         text = note.sub(" ", text)
     text = EXPLANATION_WORD.sub("", text.lstrip(" .:;,"))
-    if ENUMERATED.search(text):
+    if (first := FIRST_MARKER.search(text)) and SECOND_MARKER.search(text, first.end()):
         text = MARKER.sub(" ", text)
     text = LINE_LETTER.sub("", text)
     text = GLUED_SENTENCES.sub(" ", text)

@@ -6,43 +6,66 @@ counts as a leak only in the shapes that exams and their answer keys use.
 
 import re
 
-# "A" before a lower-case word or a number is an article: "Answer: A 45-year-old man", "option a patient has".
+# "A" before a lower-case word or a number is an article: "Answer: A 45-year-old man".
 LETTER = (
     r"(?:[B-Eb-e]\b(?!['’]s|-)|[Aa]\b(?!['’]s|-|\s+(?!is\b|are\b|was\b|and\b|or\b|can\b)[a-z0-9]))"
 )
-# Words whose letter is a name.
-NAMED = (
-    "hepatitis|vitamins?|types?|groups?|factors?|influenza|class|classes|proteins?|stages?|grades?"
-    "|strains?|chains?|subunits?|blood|drugs?|twins?|patients?|serotypes?|toxins?|antigens?|HLA"
-)
+# The start of a word, also of one glued to the word before it: "CarbamazepineBoth A and B".
+START = r"(?:\b|(?<=[a-z])(?=[A-Z]))"
+QUOTES = ("'", '"', "‘", "“")
 
+# Each shape with words of which one must occur, in lower case: looking for those first is ten times faster.
 LEAKS = [
-    re.compile(pattern)
-    for pattern in (
+    (needles, re.compile(pattern))
+    for needles, pattern in (
         # Option A, choice (b), options 2 and 3, Alternative C
-        rf"(?i:\b(?:options?|choices?|alternatives?|distractors?))\b\s*(?:no\.?|number)?[-:.#]?\s*['‘\"“(\[]?"
-        rf"(?:{LETTER}|[1-5]\b(?!\s*(?:mg|ml|g|%|years?|weeks?|days?|months?|hours?|\.\d|-)))",
+        (
+            ("option", "choice", "alternative", "distractor"),
+            rf"{START}(?i:(?:options?|choices?|alternatives?|distractors?))\b\s*(?:no\.?|number)?[-:.#]?\s*['‘\"“(\[]?"
+            r"(?:[A-Ea-e]\b(?!['’]s|-)|[1-5]\b(?!\s*(?:mg|ml|g|%|years?|weeks?|days?|months?|hours?|\.\d|-)))",
+        ),
         # Ans. (b), Ans: D. Odorants, Answer- B, answer is 'c'
-        rf"(?i:\b(?:ans|answers?))\b[\s.:=–—-]*(?i:(?:is|key|would be)\b)?[\s.:=–—-]*"
-        rf"(?:['‘\"“(\[][A-Ea-e1-5]['’\"”)\]]|{LETTER}(?=[\s.:),;\]'’\"”–-]|$)|[1-5](?=[.):]\D))",
-        r"\b[Aa]ns\s*[.:–-]",
+        (
+            ("ans",),
+            rf"{START}(?i:(?:ans|answers?))\b[\s.:=–—-]*(?i:(?:is|key|would be)\b)?[\s.:=–—-]*"
+            rf"(?:['‘\"“(\[][A-Ea-e1-5]['’\"”)\]]|{LETTER}(?=[\s.:(),;\]'’\"”–-]|$)|[1-5](?=[.):]\D))",
+        ),
+        (("ans",), r"\b[Aa]ns\s*[.:–-]"),
         # Correct: C; the key is D
-        r"(?i:\b(?:correct|key|right)\b)(?i:\s+(?:one|letter))?(?i:\s+is|\s*[:=])\s*['‘\"“(]?[A-E]\b(?!\s+[a-z0-9]|-)",
-        # is 'c' i.e. …, and a text that opens "B i.e."
-        r"\A\W*[A-Ea-e]\W{0,3}\s*i\.?\s?e\b",
-        r"['‘\"“][a-eA-E]['’\"”](?!\s*-?\s*(?:waves?|cells?|symptoms?)\b)",
+        (
+            ("correct", "key", "right"),
+            r"(?i:\b(?:correct|key|right)\b)(?i:\s+(?:one|letter))?(?i:\s+is|\s*[:=])\s*['‘\"“(]?"
+            r"[A-E]\b(?!\s+[a-z0-9]|-)",
+        ),
+        # A text that opens "B i.e."; the letter alone in quotation marks
+        (("ie", "i.e", "i. e"), r"\A\W*[A-Ea-e]\W{0,3}\s*i\.?\s?e\b"),
+        (QUOTES, r"['‘\"“][a-eA-E]['’\"”](?!\s*-?\s*(?:waves?|cells?|symptoms?)\b)"),
         # Both A and B, only C, neither A nor B
-        r"(?i:\b(?:both|only|neither|either))\s+[A-E]\s*(?:and|&|or|nor|,|/)\s*[A-E]\b(?!\s*-?\s*(?:cells?|fib|vir))",
+        (
+            ("both", "only", "neither", "either"),
+            rf"{START}(?i:(?:both|only|neither|either))\s+[A-Ea-e]\s*(?:and|&|or|nor|,|/)\s*[A-Ea-e]\b"
+            r"(?!\s*-?\s*(?:cells?|fib|vir))",
+        ),
         # a,b,d ruled out; B and C are wrong
-        r"(?<!\w)(?<![-/(>])(?<!the )\b(?:[A-E](?:\s*(?:,|&|and)\s*[A-E])+|[a-e](?:\s*(?:,|&|and)\s*[a-e])+)\s+"
-        r"(?:options?\b|ruled\b|(?:is|are)\s+(?:also\s+)?(?:not\s+)?(?:correct|incorrect|wrong|true|false|right|ruled|excluded))",
-        # A is wrong; D: incorrect
-        r"(?<!\w)(?<![-/])(?<!(?:itamin|atitis|factor) )(?:[B-E]|A)\s+is\s+(?:the\s+)?(?:correct|incorrect|wrong|right|false)\b",
-        # A. Working mother (but E. coli, C. trachomatis), d - Small doses
-        r"(?:\A|\n)\s*[A-Ea-e][.:]\s*(?=[A-Z0-9])",
-        r"(?:(?<=\s)|\A)[a-e]\s[-–]\s(?=[A-Z])",
-        r"(?i:\b(?:similar to|same as|as in|combination of|except))\s+[A-E](?=\s*(?:but|and\s+[A-E]\b|[.,;]|\Z))",
-        r"(?i:\ball|\bnone|\bany|\bboth)(?i:\s+of)?(?i:\s+the)?\s+above\b",
+        (
+            ("option", "ruled", "correct", "wrong", "true", "false", "right", "excluded"),
+            r"(?<![\w>/(-])(?<!the )(?:[A-E](?:\s*(?:,|&|and)\s*[A-E])+|[a-e](?:\s*(?:,|&|and)\s*[a-e])+)\s+"
+            r"(?:options?\b|ruled\b"
+            r"|(?:is|are)\s+(?:also\s+)?(?:not\s+)?(?:correct|incorrect|wrong|true|false|right|ruled|excluded))",
+        ),
+        # A is wrong (but vitamin A is wrong)
+        (
+            ("correct", "wrong", "right", "false"),
+            r"(?<![\w/-])(?<!itamin )(?<!atitis )(?<!factor )[A-E]\s+is\s+(?:the\s+)?(?:correct|incorrect|wrong|right|false)\b",
+        ),
+        # A. Working mother (but E. coli, C. trachomatis, A.S.D.); d - Small doses
+        ((), r"(?:\A|\n)\s*[A-Ea-e](?:[.:]\s+(?=[A-Z0-9])|[.:](?=[A-Z][a-z]))"),
+        ((" - ", " – "), r"(?:(?<=\s)|\A)[a-e]\s[-–]\s(?=[A-Z])"),
+        (
+            ("similar to", "same as", "as in", "combination of", "except"),
+            r"(?i:\b(?:similar to|same as|as in|combination of|except))\s+[A-E](?=\s*(?:but|and\s+[A-E]\b|[.,;]|\Z))",
+        ),
+        (("above",), r"(?i:\b(?:all|none|any|both)(?:\s+of)?(?:\s+the)?\s+above\b)(?!\s+the\b)"),
     )
 ]
 MARKER = re.compile(r"(?<![\w)\]])(\()?[A-Ea-e]\)(?!\s*(?:-\s*)?(?:waves?|cells?)\b)")
@@ -54,9 +77,14 @@ def find_letter_leak(text: str) -> str | None:
     Args:
         text: A question, a reference or an answer.
     """
-    for pattern in LEAKS:
-        if match := pattern.search(text):
+    lowered = text.lower()
+    for needles, pattern in LEAKS:
+        if (not needles or any(needle in lowered for needle in needles)) and (
+            match := pattern.search(text)
+        ):
             return match.group()
+    if ")" not in text:
+        return None
     for match in MARKER.finditer(text):
         if match[1] or not _inside_parentheses(text, match.start()):
             return match.group()

@@ -14,8 +14,9 @@ import yaml
 from data_prep.choices import Choices, Unconvertible, resolve_choices
 from data_prep.explanations import clean_conclusion, clean_explanation
 from data_prep.letters import find_letter_leak
+from data_prep.pictures import needs_picture
 from data_prep.schema import Record
-from data_prep.stems import Stem, needs_picture, parse_stem
+from data_prep.stems import Stem, parse_stem
 
 __all__ = ["LongForm", "Unconvertible", "convert"]
 
@@ -60,11 +61,23 @@ def _multiple_choice(record: Record) -> LongForm:
     choices = resolve_choices(record.question, record.options, record.answer)
     stem = parse_stem(choices.question)
     form = _form(stem, choices)
+    if form == "several" and stem.form == "exception":
+        raise Unconvertible("statement codes ask for exceptions")
     question = _template(record, form).format(
-        case=stem.case, stem=stem.text, options="\n".join(f"- {text}" for text in choices.listed)
+        case=stem.case,
+        stem=_closed(stem, form),
+        options="\n".join(f"- {text}" for text in choices.listed),
     )
     explanation = clean_explanation(record.explanation, choices.answer, record.options)
     return _checked(question, _sentence(choices.answer), explanation, choices.answer)
+
+
+def _closed(stem: Stem, form: str) -> str:
+    """The asking sentence as its list of statements needs it: a question or a heading."""
+    if form != "several":
+        return stem.text
+    text = stem.text.replace("Which of these is ", "Which of these are ")
+    return text if stem.form == "question" else f"{text}:"
 
 
 def _form(stem: Stem, choices: Choices) -> str:

@@ -8,6 +8,8 @@ what was offered ("all of these except"), the stem says so and the options are s
 import re
 from dataclasses import dataclass
 
+from data_prep.nouns import noun_phrase, singular_phrase, stands_for_noun
+
 
 @dataclass(frozen=True)
 class Stem:
@@ -43,8 +45,15 @@ STARTS_WITH_FOLLOWING = re.compile(
     rf"^(?:the\s+|one\s+of\s+the\s+)?{FOLLOWING}\s+((?:[\w-]+\s+){{0,3}}?)(?=(?:is|are|does|do|can|causes?|stands?)\b)",
     re.I,
 )
+LEFT_HANGING = re.compile(
+    rf"\b(?:of (?:the|one of the) {FOLLOWING}\b(?=\s+\w)|(?:one of )?(?:the )?{FOLLOWING}(?=\W*$))",
+    re.I,
+)
+WHAT_DESCRIBE = re.compile(r"(\bwhat (?:\w+ )?(?:describe|explain|represent|characterize))\b", re.I)
+THE_FOLLOWING_IS = re.compile(rf"\bthe {FOLLOWING} (is|are)\b", re.I)
+# "expect" at the end of "all of these are true expect" is a slip; "would you expect" is not.
 EXCEPT = re.compile(
-    r"[\s,;:.(]*\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
+    r"(?<!you )(?<!we )(?<!to )(?<!also )(?<!would )\b(?:except|expect|eicept|exept|e\\cept|ecxept|A/E)\b(?:\s+one)?[\s:;.,?–(-]*$",
     re.I,
 )
 NEGATED = re.compile(
@@ -53,7 +62,7 @@ NEGATED = re.compile(
 )
 TRUE = re.compile(
     r"\b(?:statements?|pairs?|pairings?|combinations?|assertions?)\b"
-    r"|\b(?:is|are|stands?)\s+(?:also\s+)?(?:true|correct|accurate)\b"
+    r"|\b(?:is|are|stands?)\s+(?:also\s+|most\s+)*(?:true|correct|accurate)\b"
     r"|^(?:true|false|correct|right|accurate)\b|\b(?:true|correct)\s+(?:is|are|about|regarding|of|for)\b",
     re.I,
 )
@@ -79,46 +88,16 @@ DEFINITE = re.compile(
     re.I,
 )
 ASKS = re.compile(
-    r"\b(?:which|what|who|whom|whose|why|how|where)\b|^(?:is|are|was|were|does|do|did|can|could|should|has|have|will|would|when)\b.*\?",
+    r"\b(?:which|what|who|whom|why|how)\b|^(?:where|is|are|was|were|does|do|did|can|could|should|has|have|will|would|when)\b.*\?",
     re.I | re.S,
 )
 UNFINISHED = re.compile(
     r"\b(?:is|are|was|were|be|been|by|from|in|with|to|of|for|as|because|at|on|the|an?|than|that|into|include|includes"
     r"|including|through|upto|after|before|between|about|regarding|seen|called|known as|causes?|shows?|exceeds?|has|have"
     r"|indicates?|means?|denotes?|suggests?|produces?|inhibits?|contains?|during|within|via|against|over|under"
-    r"|increases?|decreases?|results? in|leads? to|except|likely|represents?|follows?|involves?|requires?)\s*$",
+    r"|increases?|decreases?|results? in|leads? to|except|expect|likely|represents?|follows?|involves?|requires?)\s*$",
     re.I,
 )
-
-AUXILIARIES = ["is", "are", "was", "were", "has", "have", "had", "does", "do", "did", "would", "will", "could", "can", "may", "might", "should", "must", "shall"]
-PLURAL_VERBS = {"are", "were", "have", "do"}
-ADVERBS = set(
-    ["best", "most", "also", "least", "likely", "not", "commonly", "usually", "typically", "more", "only", "primarily", "mostly", "often", "first", "correctly", "accurately", "directly"]
-)
-PREPOSITIONS = set(
-    ["in", "of", "that", "about", "regarding", "to", "for", "if", "by", "from", "on", "with", "at", "during", "after", "under", "used", "seen", "when", "concerning", "who", "describing", "associated"]
-)
-VERBS = set(
-    ["describes", "explains", "represents", "transmits", "characterizes", "characterises", "constitutes", "contributes", "indicates", "includes", "include", "show", "shows", "cause", "causes", "transmit", "matches", "match", "helps", "help", "make", "makes", "predicts", "suggests", "distinguishes", "differentiates", "confirms", "supports", "accounts", "increases", "decreases", "produces", "inhibits", "stimulates", "passes", "occurs", "lacks", "contains", "provides", "requires", "belongs", "describe", "explain", "represent", "correlates", "acts", "develops", "regulates", "mediates", "reduces", "prevents", "remains", "differentiate", "produce", "inhibit", "regarding"]
-)
-IRREGULAR = {
-    "bacteria": "bacterium", "criteria": "criterion", "phenomena": "phenomenon", "diagnoses": "diagnosis",
-    "hypotheses": "hypothesis", "fungi": "fungus", "nuclei": "nucleus", "indices": "index",
-    "metastases": "metastasis", "vertebrae": "vertebra", "viruses": "virus", "sinuses": "sinus",
-    "bacilli": "bacillus", "biases": "bias", "analyses": "analysis", "prognoses": "prognosis",
-    "foramina": "foramen", "bronchi": "bronchus", "loci": "locus", "stimuli": "stimulus",
-}  # fmt: skip
-UNCHANGED = {
-    "series",
-    "species",
-    "diabetes",
-    "herpes",
-    "pancreas",
-    "biceps",
-    "triceps",
-    "rabies",
-    "yes",
-}
 
 MONTHS = r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*"
 EXAMS = (
@@ -129,44 +108,28 @@ YEAR = r"(?:(?:19|20)\d\d|['’]?\d\d)"
 EXAM_NOISE = [
     re.compile(rf"[\s:]*[\[(]\s*(?:{EXAMS}|{MONTHS}|(?:19|20)\d\d)(?:{EXAMS}|{MONTHS}|{YEAR}|[\s,.;:&/'’-])*[\])][\s:.–-]*$"),
     re.compile(rf"[\s:?(]*\b(?:{EXAMS}\s+)?{MONTHS}[\s,.]*(?:19|20)\d\d(?:{MONTHS}|(?:19|20)\d\d|[\s,.&])*[\s:).]*$"),
+    re.compile(rf"\s*:\s*(?:{EXAMS}|Punjab)\s+{YEAR}(?:{EXAMS}|Punjab|{YEAR}|[\s,;&])*$"),
     re.compile(r"\s*\((?:[a-e]\s*,\s*)+[a-h]\)\s*$"),
     re.compile(r"\s*aEUR\S*\s*$"),
 ]  # fmt: skip
 ALTERNATIVE = re.compile(r"^.{3,200}?\(or\)\s*(?=\S.{10})", re.I | re.S)
-TRAILING = re.compile(r"[\s:;,–—_(=-]+$")
+TRAILING = " \n\t:;,–—_(=-"
 MISSING_BLANK = re.compile(r"(?<=[a-z)]{2}[.?])(?=(?:Which|What|All|The|In|A|On|Best|Most)\b)")
-SENTENCE_END = re.compile(r"(?:[.!?][\"”’')\]]*|\|)\s+(?=[\"“‘'|]?\s*[A-Z0-9])|\n+")
-
-PICTURES = r"(?:images?|pictures?|figures?|photos?|photographs?|photomicrographs?|pictographs?|exhibit|illustrations?|diagrams?|graphs?|micrographs?|karyogram|radiographs?|scatter ?plots?|curves?)"
-PICTURE = re.compile(
-    r"\bshown\s*(?:[.)]|$|,\s*(?:what|which))|\b(?:is|are|as)\s+shown\s+(?:below|above|here)\s*(?![\s:]*[:|\n])"
-    r"|\bshown\s+(?:below|above|here)\s*[.?)]"
-    rf"|\b(?:shown|seen|displayed|depicted|demonstrated|provided|given|presented|illustrated|marked|labell?ed)\s+(?:\w+\s+)?(?:in|by|on|as)\s+(?:the\s+|this\s+)?(?:\w+\s+)?(?:{PICTURES}|below|arrows?)\b(?!\s+studies)"
-    rf"|\b(?:see|refer to)\s+(?:the\s+)?(?:\w+\s+)?{PICTURES}"
-    r"|\b(?:[Ff]igures?|[Ii]mages?|[Ff]ig\.?|[Pp]hoto|[Pp]icture|[Ee]xhibit|[Gg]raph|[Mm]arker)\s+\(?[A-E1-9]\b"
-    rf"|\b(?:this|above|given|following|attached|below|accompanying)\s+{PICTURES}\b(?!\s+of\s+the\s+disease)"
-    rf"|\b{PICTURES}\b(?:\s+\w+){{0,8}}\s+(?:(?:is|are|was)\s+(?:as\s+)?(?:given|shown|provided|attached|below|depicted|displayed)\b|(?:given|shown|attached|depicted)\s+(?:below|above|here))"
-    r"|\barrow(?:s|ed|head)?\b|\b(?:structure|area|part|point|site|region)s?\s+(?:marked|labell?ed)\b|\bmarked\s+(?:structure|area|part|as|by|with|in)\b"
-    r"|\b[Ff]igure\s+(?:depicts|shows)\b|\bthe\s+exhibit\b|\b(?:taken|as)\s+as\s+shown\b",
+WRAPPED = re.compile(r"(?<=[a-z,]) *\n(?=[a-z])")
+SENTENCE_END = re.compile(
+    r"(?:[.!?][\"”’')\]]*|\|)\s+(?=[\"“‘'|]?\s*[A-Z0-9])|\n+(?=[\"“‘]?[A-Z0-9])"
 )
-PICTURE_IN_EXPLANATION = re.compile(
-    rf"\b(?:the|given|above|this)\s+(?:given\s+|above\s+)?{PICTURES}\s+(?:in the question|shows?|depicts?|given|represents?)\b|\bMarker \(|\A\W*Figure shows|\bpicture is\b",
-    re.I,
-)
-
-
-def needs_picture(question: str, explanation: str = "") -> bool:
-    """Whether the question is about a picture that the record does not hold (a table in the text is fine)."""
-    return bool(PICTURE.search(question) or PICTURE_IN_EXPLANATION.search(explanation))
 
 
 def parse_stem(question: str) -> Stem:
     """The case and the asking sentence of a multiple-choice question, rewritten to stand alone."""
     case, asking = split_case(clean(question))
-    question_mark = asking.endswith("?")
-    asking = TRAILING.sub("", asking.rstrip(" ?.\n"))
+    question_mark = "?" in asking[-3:]
+    asking = asking.rstrip(" ?.:;|\n").rstrip(TRAILING)
     if EXCEPT.search(asking) or re.match(r"all\s+except\s+one\b", asking, re.I):
-        return Stem(case, _exception(EXCEPT.sub("", asking)), "exception", True)
+        return Stem(
+            case, _exception(EXCEPT.sub("", asking).rstrip(TRAILING + ".")), "exception", True
+        )
     asking = OF_THE_FOLLOWING.sub("", asking)
     asking = AMONG.sub("", asking)
     if match := TRUE_ABOUT.search(asking):
@@ -178,30 +141,31 @@ def parse_stem(question: str) -> Stem:
     if match := WHICH.search(asking):
         after = asking[match.end() :]
         needs_options |= bool(INDEFINITE.match(after) and not DEFINITE.search(asking))
-        asking = _of_these(asking) if needs_options else _rewrite_which(asking, match)
+        asking = _rewrite_which(asking, match, "which of these" if needs_options else "what")
         return Stem(case, _sentence(asking) + "?", "question", needs_options)
-    asking = STARTS_WITH_FOLLOWING.sub(lambda m: f"Which {_singular_phrase(m[1])}", asking)
-    asking = ENDS_IN_THE_FOLLOWING.sub(lambda m: f"which {_singular_phrase(m[1])}", asking)
+    asking = STARTS_WITH_FOLLOWING.sub(lambda m: f"Which {singular_phrase(m[1])}", asking)
+    asking = ENDS_IN_THE_FOLLOWING.sub(lambda m: f"which {singular_phrase(m[1])}", asking)
     asking = _capitalised(asking.strip())
-    if re.search(rf"\b(?:one of )?(?:the\s+)?{FOLLOWING}\W*$|\bof the following\b", asking, re.I):
-        return Stem(
-            case,
-            re.sub(r"\b(?:one of )?the following\b", "one of these", asking),
-            "statement",
-            True,
+    asking = THE_FOLLOWING_IS.sub(r"which of these \1", asking, count=1)
+    if LEFT_HANGING.search(asking):
+        asking = LEFT_HANGING.sub(
+            lambda m: "of these" if m[0].lower().startswith("of") else "", asking
         )
-    return Stem(case, *_form(asking, question_mark), needs_options)
+        asking, needs_options = asking.strip(), True
+    return Stem(case, *_form(_capitalised(asking), question_mark), needs_options)
 
 
 def clean(question: str) -> str:
     """The question without the marks that exams left in it: years, exam names, alternative wordings."""
     text = question.replace("\xa0", " ").replace("&;", "'").strip().strip('"').strip()
-    for _ in range(2):
-        for noise in EXAM_NOISE:
-            text = noise.sub("", text)
+    text, end = text[:-120], text[-120:]  # only the end is searched: vignettes are long
+    if "aEUR" in end or any(char.isdigit() or char in ")]" for char in end[-12:]):
+        for noise in EXAM_NOISE * 2:
+            end = noise.sub("", end)
+    text += end
     if "(or)" in text[:220].lower():
         text = ALTERNATIVE.sub("", text)
-    return MISSING_BLANK.sub(" ", text)
+    return MISSING_BLANK.sub(" ", WRAPPED.sub(" ", text))
 
 
 def split_case(text: str) -> tuple[str, str]:
@@ -211,9 +175,9 @@ def split_case(text: str) -> tuple[str, str]:
     asked = len(starts) - 1
     while asked > 0 and not re.search(r"[A-Za-z]{2}", text[starts[asked] : ends[asked]]):
         asked -= 1
-    which = [i for i in range(len(starts)) if WHICH.search(text, starts[i], ends[i])]
-    if which and not ASKS.search(text[starts[asked] :]):
-        asked = which[-1]
+    if asked and not ASKS.search(text, starts[asked]):
+        which = [i for i in range(asked) if WHICH.search(text, starts[i], ends[i])]
+        asked = which[-1] if which else asked
     start, end = starts[asked], ends[asked]
     case, tail = text[:start], text[end:].strip()
     if re.search(r"\w", tail):  # a table that stands after the question belongs to the case
@@ -234,7 +198,7 @@ def _exception(body: str) -> str:
     )
     if not changed:
         body = re.sub(
-            r"^(?:all|each)\s+(?=are\b|is\b|have\b|has\b|can\b|were\b|may\b)",
+            r"\b(?:all|each)\s+(?=are\b|is\b|have\b|has\b|can\b|were\b|may\b)",
             "All of these ",
             body,
             count=1,
@@ -261,86 +225,15 @@ def _exception(body: str) -> str:
     )
 
 
-def _of_these(asking: str) -> str:
-    return WHICH.sub(
-        lambda match: "Which of these" if match.start() == 0 else "which of these", asking, count=1
-    )
-
-
-def _rewrite_which(asking: str, match: re.Match) -> str:
+def _rewrite_which(asking: str, match: re.Match, pronoun: str) -> str:
     """`Which of the following is …` → `What is …`; `… which of the following drugs` → `… which drug`."""
     before, after = asking[: match.start()], asking[match.end() :]
     words = after.split()
     first = words[0].lower().strip(",") if words else ""
     second = words[1].lower() if len(words) > 1 else ""
-    is_verb = first in VERBS and second not in AUXILIARIES and second not in ADVERBS
-    if not words or is_verb or first in AUXILIARIES or first in ADVERBS or first in PREPOSITIONS:
-        pronoun = "What" if not before.strip() else "what"
-        return f"{before}{pronoun}{after}"
-    pronoun = "Which" if not before.strip() else "which"
-    return f"{before}{pronoun} {_noun_phrase(after.lstrip())}"
-
-
-def _noun_phrase(after: str) -> str:
-    """The words after "which of the following", their head noun made singular unless its verb is plural."""
-    words = after.split(" ")
-    head = 0
-    while head + 1 < len(words) and head < 6 and not _stops(words[head + 1]):
-        if words[head].endswith((",", "?", ":", ".")):
-            break
-        head += 1
-    if head == 6 and len(words) > 7:  # no verb in sight: only the first plural can be meant
-        head = next((i for i in range(6) if _singular(words[i]) != words[i]), 0)
-    if not _plural_verb(words[head + 1 :]):
-        words[head] = _singular(words[head])
-    return " ".join(words)
-
-
-def _stops(word: str) -> bool:
-    word = word.lower().strip(",?")
-    return word in AUXILIARIES or word in ADVERBS or word in PREPOSITIONS or word in VERBS
-
-
-def _plural_verb(words: list[str]) -> bool:
-    """Whether the first verb among `words` is one that only a plural noun takes."""
-    for i, word in enumerate(words[:12]):
-        word = word.lower().strip(",?")
-        if word in AUXILIARIES:
-            return word in PLURAL_VERBS
-        if word in ADVERBS:
-            following = words[i + 1].lower() if i + 1 < len(words) else ""
-            if following in ADVERBS or following in AUXILIARIES:
-                continue
-            return not following.endswith(("s", "ed", "ly"))
-        if word in VERBS:
-            return not word.endswith("s")
-    return False
-
-
-def _singular_phrase(phrase: str) -> str:
-    words = phrase.split()
-    if words:
-        words[-1] = _singular(words[-1])
-    return " ".join(words) + (" " if phrase.endswith(" ") else "")
-
-
-def _singular(word: str) -> str:
-    bare = word.rstrip("?,.:")
-    tail, low = word[len(bare) :], bare.lower()
-    if low in IRREGULAR:
-        return IRREGULAR[low] + tail
-    if (
-        len(low) < 4
-        or low in UNCHANGED
-        or not low.endswith("s")
-        or low.endswith(("ss", "us", "is"))
-    ):
-        return word
-    if low.endswith("ies"):
-        return bare[:-3] + "y" + tail
-    if low.endswith(("sses", "shes", "ches", "xes", "zzes")):
-        return bare[:-2] + tail
-    return bare[:-1] + tail
+    if not words or stands_for_noun(first, second):
+        return WHAT_DESCRIBE.sub(r"\1s", f"{before}{pronoun}{after}")
+    return f"{before}which {noun_phrase(after.lstrip())}"
 
 
 def _form(asking: str, question_mark: bool) -> tuple[str, str]:
