@@ -3,8 +3,8 @@
 1. the same question, or the same question with the same options (exact hash of the normalised text);
 2. half of the 13-grams of a held-out text of some length. One shared 13-gram means nothing in
    vignettes, which share their boilerplate: it flags 29 % of MedQA's training questions;
-3. word 3-gram Jaccard of at least 0.5, found by MinHash LSH, then computed exactly: for the short
-   questions that the second stage cannot see;
+3. questions with a word 3-gram Jaccard of at least 0.5, found by MinHash LSH, then computed exactly:
+   the short ones that the second stage cannot see, and long ones changed every few words;
 4. the same PubMed id.
 """
 
@@ -17,6 +17,7 @@ from datasketch import MinHashLSH
 from data_prep.fingerprints import (
     PERMUTATIONS,
     RUN,
+    contains,
     exact_key,
     jaccard,
     min_hash,
@@ -31,8 +32,8 @@ FEWEST_RUNS = 8  # a text of fewer 13-grams (20 words) is left to the other stag
 SIMILARITY = 0.5
 # "which of the following is not a": a shingle that so many held-out texts have says nothing.
 BOILERPLATE = 10
-# 42 bands of 3 rows find 99.6 % of the pairs at Jaccard 0.5; the exact value decides.
-BANDS = (42, 3)
+# 32 bands of 3 rows find 98.6 % of the pairs at Jaccard 0.5; the exact value decides.
+BANDS = (32, 3)
 
 _NONE = np.empty(0, dtype=np.uint64)
 
@@ -85,13 +86,12 @@ class RunIndex:
 
     def shared(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Texts that share any of the distinct `runs`, and how many they share."""
-        start = np.searchsorted(self._runs, runs, side="left")
-        found = start < len(self._runs)
-        found[found] = self._runs[start[found]] == runs[found]
-        if not found.any():
+        runs = runs[contains(self._runs, runs)]
+        if not len(runs):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        end = np.searchsorted(self._runs, runs[found], side="right")
-        owners = [self._owners[a:b] for a, b in zip(start[found], end, strict=True)]
+        start = np.searchsorted(self._runs, runs, side="left")
+        end = np.searchsorted(self._runs, runs, side="right")
+        owners = [self._owners[a:b] for a, b in zip(start, end, strict=True)]
         return np.unique(np.concatenate(owners), return_counts=True)
 
 
@@ -109,31 +109,31 @@ class Guard:
     pmids: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._owners: list[str] = []
-        hashed = []
-        for record in self.records:
+        self._ids = [record.id for record in self.records]
+        self._owners: list[int] = []
+        hashed, questions = [], []
+        for number, record in enumerate(self.records):
             question = words(record.question)
             self.questions.setdefault(exact_key(question), record.id)
             self.with_options.setdefault(options_key(question, record.options), record.id)
             if record.pmid:
                 self.pmids[record.pmid] = record.id
-            for tokens in (question, *map(words, record.texts)):
-                if tokens:
-                    hashed.append(word_hashes(tokens))
-                    self._owners.append(record.id)
+            texts = [word_hashes(tokens) for tokens in (question, *map(words, record.texts))]
+            hashed += texts
+            self._owners += [number] * len(texts)
+            questions.append(shingles(texts[0]))
         self._runs = RunIndex(hashed)
-        texts = [shingles(text) for text in hashed]
-        seen, times = np.unique(np.concatenate([*texts, _NONE]), return_counts=True)
+        seen, times = np.unique(np.concatenate([*questions, _NONE]), return_counts=True)
         self._boilerplate = seen[times >= BOILERPLATE]
-        self._shingles = [self._telling(text) for text in texts]
+        self._shingles = [self._telling(question) for question in questions]
         self._similar = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
-        for number, text in enumerate(self._shingles):
-            self._similar.insert(number, min_hash(text), check_duplication=False)
+        for number, question in enumerate(self._shingles):
+            self._similar.insert(number, min_hash(question), check_duplication=False)
 
-    def _telling(self, text: np.ndarray) -> np.ndarray:
-        """A text's shingles without the boilerplate, unless it is nothing else."""
-        telling = np.setdiff1d(text, self._boilerplate, assume_unique=True)
-        return telling if len(telling) else text
+    def _telling(self, question: np.ndarray) -> np.ndarray:
+        """A question's shingles without the boilerplate, unless it is nothing else."""
+        telling = question[~contains(self._boilerplate, question)]
+        return telling if len(telling) else question
 
     def leak(self, record: HeldOut) -> Leak | None:
         """The first stage that finds this record among those held out, or None."""
@@ -144,29 +144,25 @@ class Guard:
         owner = self.with_options.get(options_key(question, record.options))
         if owner and record.options:
             return Leak(SAME_OPTIONS, owner)
-        hashes = [word_hashes(tokens) for tokens in (question, *map(words, record.texts)) if tokens]
-        owner = self._covered(hashes)
+        asked, *texts = (word_hashes(tokens) for tokens in (question, *map(words, record.texts)))
+        owner = self._covered([asked, *texts]) or self._alike(shingles(asked))
         if owner:
-            return Leak(COVERED, owner)
-        for text in hashes:
-            owner = self._alike(shingles(text))
-            if owner:
-                return Leak(NEAR_DUPLICATE, owner)
+            return owner
         owner = self.pmids.get(record.pmid) if record.pmid else None
         return Leak(SAME_PMID, owner) if owner else None
 
-    def _covered(self, hashes: list[np.ndarray]) -> str | None:
-        runs = np.unique(np.concatenate([ngrams(text, RUN) for text in hashes]))
-        texts, counts = self._runs.shared(runs)
+    def _covered(self, hashes: list[np.ndarray]) -> Leak | None:
+        runs = np.concatenate([ngrams(text, RUN) for text in hashes])
+        texts, counts = self._runs.shared(np.unique(runs) if len(hashes) > 1 else runs)
         sizes = self._runs.sizes[texts]
         hit = texts[(sizes >= FEWEST_RUNS) & (counts >= COVERAGE * sizes)]
-        return self._owners[hit[0]] if len(hit) else None
+        return Leak(COVERED, self._ids[self._owners[hit[0]]]) if len(hit) else None
 
-    def _alike(self, text: np.ndarray) -> str | None:
-        text = self._telling(text)
-        for candidate in sorted(self._similar.query(min_hash(text))):
-            if jaccard(text, self._shingles[candidate]) >= SIMILARITY:
-                return self._owners[candidate]
+    def _alike(self, question: np.ndarray) -> Leak | None:
+        question = self._telling(question)
+        for candidate in sorted(self._similar.query(min_hash(question))):
+            if jaccard(question, self._shingles[candidate]) >= SIMILARITY:
+                return Leak(NEAR_DUPLICATE, self._ids[candidate])
         return None
 
 
