@@ -1,7 +1,8 @@
 """Files of any of the releases' formats → rows as JSON text, one at a time, each with its place.
 
 JSON lines, one JSON array, one JSON object keyed by id (PubMedQA's release), tab-separated lines
-(PubHealth's release) and parquet (the hub). A file is streamed: none is ever held in memory.
+(PubHealth's release) and parquet (the hub) are streamed: none is ever held in memory. A plain text
+file is one row.
 """
 
 import codecs
@@ -32,7 +33,7 @@ def read_rows(path: Path) -> Iterator[dict]:
     Raises:
         UserError: if the file cannot be read at all.
     """
-    readers = {".tsv": _tab_separated, ".parquet": _parquet}
+    readers = {".tsv": _tab_separated, ".parquet": _parquet, ".txt": _plain}
     reader = readers.get(path.suffix, _json)
     try:
         yield from reader(path)
@@ -127,6 +128,16 @@ def _tab_separated(path: Path) -> Iterator[dict]:
             yield row | {"text": "", "problem": problem}
             continue
         yield row | {"text": json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)}
+
+
+def _plain(path: Path) -> Iterator[dict]:
+    place = "its text"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield _row(place, problem=f"not UTF-8 (byte {error.start} of the file)")
+    else:
+        yield _row(place, json.dumps({"text": text}, ensure_ascii=False))
 
 
 def _parquet(path: Path) -> Iterator[dict]:
