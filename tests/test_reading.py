@@ -96,6 +96,7 @@ def test_a_document_longer_than_what_is_looked_at_first(tmp_path, monkeypatch):
     ("spoil", "survive", "place"),
     [
         (lambda text: text[: text.index("How")], 1, "after entry 101"),
+        # ijson is sure of an entry once the next one begins, so 102 goes with the break.
         (lambda text: text.replace('"103"', "103"), 1, "after entry 101"),
         (lambda text: text.replace("How", "\\x"), 1, "after entry 101"),
         (lambda text: text + "}", 3, "after entry 103"),
