@@ -1,115 +1,33 @@
-"""Each dataset's quirks, and that no row of any dataset is lost without a reason."""
+"""Each dataset's quirks: what its rows become in any of its schemas, and which are named or dropped."""
 
 import json
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
+from dataset_rows import (
+    OPTIONS,
+    QUESTION,
+    cops,
+    key_value,
+    medmcqa,
+    medqa,
+    medqa_hf,
+    normalise,
+    pubhealth,
+    pubmedqa,
+    pubmedqa_hub,
+    read,
+    without,
+    write,
+)
 from datasets import ClassLabel, Dataset, Features, Value
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_prep import inputs, parts
 from data_prep.benchmarks import benchmark_row
 from data_prep.ledger import Ledger
-from data_prep.schema import Record, parse_id
 from data_prep.sources import BENCHMARK, PASSAGES, POOL, RESERVE, load
 from data_prep.sources.rows import BadRow, Dropped
 from data_prep.workspace import Workspace
 from medistill_trl.errors import UserError
-
-OPTIONS = {"A": "Iron", "B": "Zinc", "C": "Iodine", "D": "Copper"}
-QUESTION = "Lack of which element causes endemic goitre?"
-
-
-def medqa(**changes):
-    base = {"question": QUESTION, "options": OPTIONS, "answer": "Iodine", "answer_idx": "C"}
-    return base | {"meta_info": "step1", "metamap_phrases": ["endemic goitre"]} | changes
-
-
-def medqa_hf(**changes):
-    endings = {f"ending{i}": text for i, text in enumerate(OPTIONS.values())}
-    return {"id": "d-1", "sent1": QUESTION, "sent2": "", **endings, "label": 2} | changes
-
-
-def key_value(options):
-    return [{"key": key, "value": value} for key, value in options.items()]
-
-
-def medmcqa(**changes):
-    base = {"id": "5a9b-11", "question": QUESTION, "cop": 3, "choice_type": "single"}
-    options = {"opa": "Iron", "opb": "Zinc", "opc": "Iodine", "opd": "Copper"}
-    rest = {"exp": "The thyroid needs iodine.", "subject_name": "Medicine", "topic_name": None}
-    return base | options | rest | changes
-
-
-def pubmedqa(**changes):
-    base = {
-        "pubid": "101",
-        "QUESTION": "Does iodised salt prevent goitre?",
-        "CONTEXTS": ["A.", "B."],
-    }
-    rest = {"LABELS": ["BACKGROUND", "RESULTS"], "MESHES": ["Goiter"], "YEAR": "1999"}
-    return base | rest | {"LONG_ANSWER": "It does.", "final_decision": "yes"} | changes
-
-
-def pubmedqa_hub(**changes):
-    context = {"contexts": ["A.", "B."], "labels": ["BACKGROUND", "RESULTS"], "meshes": ["Goiter"]}
-    context |= {"reasoning_required_pred": ["y", "e", "s"], "reasoning_free_pred": ["n", "o"]}
-    base = {"pubid": 101, "question": "Does iodised salt prevent goitre?", "context": context}
-    return base | {"long_answer": "It does.", "final_decision": "yes"} | changes
-
-
-def pubhealth(**changes):
-    base = {"claim_id": "17", "claim": "Iodised salt prevents goitre.", "label": "true"}
-    rest = {"explanation": "Programmes ended it.", "main_text": "Salt was iodised.", "sources": ""}
-    return base | rest | {"subjects": "Nutrition"} | changes
-
-
-class Case(NamedTuple):
-    """How one dataset's rows are made and read; `facts` is what `survey` finds for them."""
-
-    row: Callable[..., dict]
-    id: str
-    question: str
-    stem: str = "train"
-    split: str = "train"
-    facts: object = None
-
-
-CASES = {
-    "medqa": Case(medqa, "id", "question"),
-    "medmcqa": Case(medmcqa, "id", "question", facts=1),
-    "pubmedqa": Case(pubmedqa, "pubid", "QUESTION", "ori_pqaa", "artificial", frozenset()),
-    "pubhealth": Case(pubhealth, "claim_id", "claim"),
-}
-each_source = pytest.mark.parametrize("name", CASES)
-
-
-def without(row, *keys):
-    return {key: value for key, value in row.items() if key not in keys}
-
-
-def normalise(name, row, split=None, facts=None) -> Record:
-    case = CASES[name]
-    return load(name).normalise(row, split or case.split, case.facts if facts is None else facts)
-
-
-def write(folder, **files):
-    """`train=rows` becomes train.jsonl; a row may be a line of any text."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, rows in files.items():
-        texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (folder / f"{stem}.jsonl").write_text("".join(text + "\n" for text in texts))
-
-
-def read(tmp_path, name, **files):
-    """A dataset's part of a build of the files, and the build's ledger."""
-    write(tmp_path / "raw" / name, **files)
-    ledger = Ledger()
-    work = Workspace(tmp_path / "work", "key", 1)
-    return parts.read(work, inputs.find(name, tmp_path / "raw"), 0, ledger), ledger
-
 
 # MedQA
 
@@ -201,10 +119,6 @@ def counts_from(folder, **files):
     write(folder / "medmcqa", **files)
     data = inputs.find("medmcqa", folder)
     return data.source.survey(data.folder, data.files)
-
-
-def cops(*numbers):
-    return [medmcqa(id=f"r{i}", cop=number) for i, number in enumerate(numbers)]
 
 
 @pytest.mark.parametrize(
@@ -592,146 +506,3 @@ def test_passages_of_text_files(tmp_path):
     part = parts.read(Workspace(tmp_path / "work", "key", 1), inputs.passages(tmp_path), 0, ledger)
     assert [part.record(row).context for row in part.rows(PASSAGES)] == [("One.\n\nTwo.",)]
     assert [bad.split("/")[-1] for bad in ledger.bad_rows] == ["b.txt, its text: text is empty"]
-
-
-# Every dataset
-
-
-def bad_lines(name):
-    """A line that cannot be used → the reason given."""
-    row, key = CASES[name].row, CASES[name].question
-    good = json.dumps(row())
-    return {
-        good[:-9]: "not JSON (",
-        good.replace('"' + key + '": "', '"' + key + '": "\0'): "not JSON (Invalid control",
-        json.dumps(row(**{key: "Is\0it?"})): f"{key} contains a NUL byte",
-        json.dumps(row(**{key: "Is it \ud83d?"})): f"{key} contains half a surrogate pair",
-        json.dumps(row(**{key: " \n"})): f"{key} is empty",
-        json.dumps(row(**{key: None})): f"{key} is empty",
-        json.dumps(without(row(), key)): f"has no {key}",
-        json.dumps(row(**{key: ["Is it?"]})): f"{key} must be a text, got list",
-        json.dumps(row(**{key: 5})): f"{key} must be a text, got int",
-        json.dumps(
-            row(**{key: "x" * 1_000_000})
-        ): f"{key} has 1,000,000 characters (at most 20,000)",
-        json.dumps([row()]): "must be an object, got list",
-        "null": "must be an object, got NoneType",
-        "[" * 20_000: "not JSON that can be read (RecursionError)",
-        '{"id": ' + "9" * 5000 + "}": "not JSON that can be read (ValueError)",
-    }
-
-
-@each_source
-def test_bad_rows_are_named_by_file_and_line_and_the_others_kept(tmp_path, name):
-    case, bad = CASES[name], bad_lines(name)
-    file = f"{case.stem}.jsonl"
-    last = case.row(cop=4)  # the 4 tells what MedMCQA's cop counts from
-    part, ledger = read(tmp_path, name, **{case.stem: [*bad, last]})
-    assert len(ledger.bad_rows) == len(bad)
-    for line, (named, reason) in enumerate(
-        zip(ledger.bad_rows, bad.values(), strict=True), start=1
-    ):
-        assert named.startswith(f"{name}/{file}, line {line}: {reason}")
-    assert part.account.fates[:-1].tolist() == ["invalid"] * len(bad)
-    assert part.rows(POOL).tolist() == [len(bad)]
-    with pytest.raises(
-        UserError, match=rf"^{len(bad)} rows cannot be used:\n  {name}/{file}, line 1: "
-    ):
-        ledger.judge("fail")
-    ledger.judge("skip")
-
-
-@each_source
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (["a"], "must be a text or a number, got list"),
-        (True, "must be a text or a number, got bool"),
-        (1.5, "must be a text or a number, got float"),
-        ("a\0b", "contains a NUL byte"),
-        ("\udc00", "contains half a surrogate pair"),
-        ("x" * 201, "has 201 characters"),
-    ],
-)
-def test_bad_ids(name, value, reason):
-    with pytest.raises(BadRow, match=f"{CASES[name].id} {reason}"):
-        normalise(name, CASES[name].row(**{CASES[name].id: value}))
-
-
-NATIVE = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=200)
-
-
-@given(st.sampled_from(sorted(CASES)), NATIVE.filter(str.strip) | st.integers(), st.data())
-def test_an_id_tells_source_split_and_native_id(name, native, data):
-    splits = [split for split in load(name).roles if split != "test" or name != "medmcqa"]
-    record = normalise(
-        name, CASES[name].row(**{CASES[name].id: native}), data.draw(st.sampled_from(splits))
-    )
-    assert parse_id(record.id) == (name, record.split, str(native).strip())
-
-
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc"))), max_size=4).map("-".join))
-def test_an_id_with_hyphens_is_taken_apart_again(native):
-    record = Record("medqa", "train", native, "Q?", ("a",), 0)
-    assert parse_id(record.id) == ("medqa", "train", native)
-
-
-@pytest.mark.parametrize("name", ["medqa", "medmcqa", "pubhealth"])
-def test_a_row_without_an_id_gets_one_of_its_content(tmp_path, name):
-    case = CASES[name]
-    bare = without(case.row(cop=4), case.id)
-    texts = ["Is it iron?", "Is it zinc?", "Is it lead?"]
-    rows = [bare | {case.question: text} for text in texts]
-
-    def ids(folder, given):
-        part, ledger = read(folder, name, **{case.stem: given})
-        assert ledger.bad_rows == []
-        records = [part.record(row) for row in part.rows(POOL)]
-        return {record.question: record.id for record in records}
-
-    forward = ids(tmp_path / "a", rows)
-    backward = ids(tmp_path / "b", [bare, *rows[::-1]])
-    assert len(set(backward.values())) == 4
-    assert backward.items() > forward.items()
-
-
-@each_source
-def test_an_id_that_comes_again(tmp_path, name):
-    case = CASES[name]
-    row = case.row(cop=4, **{case.id: "n-1"})
-    respelt = row | {case.question: row[case.question].upper()}
-    other = row | {case.question: "Another?"}
-    part, ledger = read(tmp_path, name, **{case.stem: [row, row, respelt, other]})
-    file = f"{name}/{case.stem}.jsonl"
-    assert part.account.fates.tolist() == ["", *["dropped: repeats a record"] * 2, "invalid"]
-    assert ledger.bad_rows == [
-        f"{file}, line 4: id 'n-1' is already that of another record ({file}, line 1)"
-    ]
-    part.account.decide(part.rows(POOL), "kept")
-    counts = {"dropped: repeats a record": 2, "invalid": 1, "kept": 1}
-    assert ledger.counts(name) == {case.split: counts}
-
-
-@pytest.mark.parametrize("name", ["medqa", "pubhealth"])
-def test_without_a_test_file_the_reserve_stands_in_and_says_so(tmp_path, name):
-    case = CASES[name]
-    rows = [case.row(**{case.id: str(i)}) for i in range(5)]
-    part, ledger = read(tmp_path, name, dev=rows[1:], train=rows[:1])
-    assert [len(part.rows(role)) for role in (BENCHMARK, RESERVE, POOL)] == [2, 2, 1]
-    assert ledger.notes == [
-        f"{name}: there is no test split; 2 rows held in reserve stand in for the benchmark. Do not "
-        "report scores on them."
-    ]
-
-
-def test_without_a_reserve_a_missing_split_is_only_noted(tmp_path):
-    part, ledger = read(tmp_path, "medmcqa", train=cops(4, 1))
-    assert len(part.rows(POOL)) == 2
-    assert ledger.notes == [
-        "medmcqa: there is no validation split, so it adds nothing to the benchmark."
-    ]
-
-
-def test_files_that_are_not_read_are_noted(tmp_path):
-    _, ledger = read(tmp_path, "medmcqa", train=cops(4), dev=cops(1), everything=cops(1))
-    assert ledger.notes == ["medmcqa/everything.jsonl: not read, its name tells no split"]
