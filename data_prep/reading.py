@@ -1,11 +1,15 @@
 """Files of any of the releases' formats → rows as JSON text, one at a time, each with its place.
 
 JSON lines, one JSON array, one JSON object keyed by id (PubMedQA's release), tab-separated lines
-(PubHealth's release) and parquet (the hub). A file is streamed: none is ever held in memory.
+(PubHealth's release) and parquet (the hub) are streamed: none is ever held in memory. A plain text
+file is one row.
 """
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import ijson
@@ -15,9 +19,9 @@ import pyarrow.parquet as parquet
 from medistill_trl.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
-# A first line longer than this is a whole document on one line, not a row.
-LONGEST_ROW = 4 * 1024 * 1024
+LONGEST_ROW = 4 * 1024 * 1024  # bytes looked at to tell a row from a document on one line
 PARQUET_ROWS = 1000
+BROKEN = (ijson.JSONError, UnicodeDecodeError)
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -29,7 +33,7 @@ def read_rows(path: Path) -> Iterator[dict]:
     Raises:
         UserError: if the file cannot be read at all.
     """
-    readers = {".tsv": _tab_separated, ".parquet": _parquet}
+    readers = {".tsv": _tab_separated, ".parquet": _parquet, ".txt": _plain}
     reader = readers.get(path.suffix, _json)
     try:
         yield from reader(path)
@@ -42,24 +46,30 @@ def _row(place: str, text: str = "", problem: str | None = None) -> dict:
 
 
 def _json(path: Path) -> Iterator[dict]:
+    """A .json file's rows: it is one document, or lines as in MedMCQA's and PubHealth's releases."""
     if path.suffix == ".jsonl":
         return _lines(path)
     with path.open("rb") as file:
-        start = file.readline(LONGEST_ROW)
-    if not _is_document(start):
-        return _lines(path)
-    return _document(path, keyed=start.strip()[:1] == b"{")
+        start = file.readline(LONGEST_ROW).removeprefix(codecs.BOM_UTF8).strip()
+    if re.match(rb"\[\s*({|$)", start):
+        return _document(path, keyed=False)
+    if start == b"{" or (start.startswith(b"{") and _holds_rows(start)):
+        return _document(path, keyed=True)
+    return _lines(path)
 
 
-def _is_document(first_line: bytes) -> bool:
-    """Whether a .json file is one document; MedMCQA's and PubHealth's releases hold lines."""
-    if first_line.strip() in (b"{", b"[") or len(first_line) == LONGEST_ROW:
-        return True
-    try:
-        value = json.loads(first_line)
-    except ValueError:
-        return False  # a broken row, to be named as such
-    return isinstance(value, list) or all(isinstance(row, dict) for row in value.values())
+def _holds_rows(start: bytes) -> bool:
+    """Whether the values of the object that starts here are rows, not a row's fields.
+
+    It may break off: what can be read of it tells.
+    """
+    rows = False
+    with suppress(*BROKEN):
+        for _, value in ijson.kvitems(start, "", use_float=True):
+            rows = isinstance(value, dict)
+            if not rows:
+                break
+    return rows
 
 
 def _lines(path: Path) -> Iterator[dict]:
@@ -78,6 +88,8 @@ def _document(path: Path, keyed: bool) -> Iterator[dict]:
     """One JSON object whose values are the rows, its keys their PubMed ids; or one array of rows."""
     place = "its beginning"
     with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         try:
             if keyed:
                 for key, row in ijson.kvitems(file, "", use_float=True):
@@ -88,14 +100,18 @@ def _document(path: Path, keyed: bool) -> Iterator[dict]:
                 for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1):
                     place = f"item {number}"
                     yield _row(place, json.dumps(row, ensure_ascii=False))
-        except (ijson.JSONError, UnicodeDecodeError) as error:
+        except BROKEN as error:
             problem = f"the rest of the file is not JSON ({str(error).splitlines()[0]})"
             yield _row(f"after {place}", problem=problem)
 
 
 def _tab_separated(path: Path) -> Iterator[dict]:
-    """Lines split at tabs; a quotation mark is a letter like any other (csv's QUOTE_NONE)."""
+    """Lines split at tabs; a quotation mark is a letter like any other (csv's QUOTE_NONE).
+
+    PubHealth's test.tsv starts with a row number that its header may not name: its first row tells.
+    """
     header: list[str] = []
+    first = True
     for row in _lines(path):
         if row["problem"]:
             yield row
@@ -104,13 +120,24 @@ def _tab_separated(path: Path) -> Iterator[dict]:
         if not header:
             header = fields
             continue
-        if len(fields) == len(header) + 1:
-            fields = fields[1:]  # PubHealth's test.tsv: a row number that the header does not name
+        if first and len(fields) == len(header) + 1:
+            header = ["", *header]
+        first = False
         if len(fields) != len(header):
             problem = f"{len(fields)} fields between tabs, the header names {len(header)}"
             yield row | {"text": "", "problem": problem}
             continue
         yield row | {"text": json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)}
+
+
+def _plain(path: Path) -> Iterator[dict]:
+    place = "its text"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield _row(place, problem=f"not UTF-8 (byte {error.start} of the file)")
+    else:
+        yield _row(place, json.dumps({"text": text}, ensure_ascii=False))
 
 
 def _parquet(path: Path) -> Iterator[dict]:
@@ -124,8 +151,9 @@ def _parquet(path: Path) -> Iterator[dict]:
         for row in batch.to_pylist():
             number += 1
             for column, labels in names.items():
-                if isinstance(row[column], int) and 0 <= row[column] < len(labels):
-                    row[column] = labels[row[column]]
+                label = row.get(column)
+                if isinstance(label, int) and 0 <= label < len(labels):
+                    row[column] = labels[label]
             yield _row(f"row {number}", json.dumps(row, ensure_ascii=False, default=str))
 
 

@@ -43,9 +43,9 @@ def _options(row: dict) -> dict[str, str]:
     else:
         options = row.get("options")
     if isinstance(options, list):
-        if not all(isinstance(o, dict) and o.keys() >= {"key", "value"} for o in options):
+        if not all(isinstance(o, dict) and isinstance(o.get("key"), str) for o in options):
             raise BadRow("options must be texts by letter, or a list of key and value")
-        options = {o["key"]: o["value"] for o in options}
+        options = {o["key"]: o.get("value") for o in options}
     if not isinstance(options, dict) or not options:
         raise BadRow(f"options must be texts by letter, got {type(options).__name__}")
     return {str(letter): _unquoted(options[letter], letter) for letter in sorted(options, key=str)}

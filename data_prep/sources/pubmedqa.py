@@ -25,8 +25,8 @@ def official_test_pmids(folder: Path, files: list[DataFile]) -> frozenset[str]:
     if not told:
         return frozenset(_PACKAGED.read_text(encoding="utf-8").split())
     try:
-        return frozenset(json.loads(told[0].read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return frozenset(json.loads(told[0].read_text(encoding="utf-8")).keys())
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{told[0]}: must be a JSON object keyed by PMID ({error})") from error
 
 

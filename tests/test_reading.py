@@ -1,0 +1,389 @@
+"""Every format of the releases is read row by row, and what cannot be read is named by its place."""
+
+import codecs
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from data_prep import inputs
+from data_prep.reading import read_rows
+from medistill_trl.errors import UserError
+
+ROWS = [{"question": "Why?"}, {"question": "How?"}, {"question": "Où?"}]
+KEYED = {"101": ROWS[0], "102": ROWS[1], "103": ROWS[2]}
+KEYED_ROWS = [{"pubid": pmid} | row for pmid, row in KEYED.items()]
+ONE_LINE = json.dumps(KEYED)
+PRETTY = json.dumps(KEYED, indent=1)
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(tmp_path, name, content):
+    """The rows that can be read, as JSON gives them, and `place: problem` of the others."""
+    rows = list(read_rows(write(tmp_path, name, content)))
+    good = [json.loads(row["text"]) for row in rows if row["problem"] is None]
+    return good, [f"{row['place']}: {row['problem']}" for row in rows if row["problem"]]
+
+
+READABLE = {
+    "lines": ("a.jsonl", lines(*ROWS), ROWS),
+    "no newline at the end": ("a.jsonl", lines(*ROWS).rstrip("\n"), ROWS),
+    "Windows line ends": ("a.jsonl", lines(*ROWS).replace("\n", "\r\n"), ROWS),
+    "byte order mark": ("a.jsonl", codecs.BOM_UTF8 + lines(*ROWS).encode(), ROWS),
+    "blank lines": ("a.jsonl", "\n" + lines(*ROWS).replace("\n", "\n \n"), ROWS),
+    "nothing": ("a.jsonl", "", []),
+    "lines that are called .json": ("dev.json", lines(*ROWS), ROWS),
+    "one line that is called .json": ("dev.json", lines(ROWS[0]), ROWS[:1]),
+    "a line whose first value is an object": (
+        "dev.json",
+        lines({"context": {"contexts": ["c"]}, "pubid": 1}),
+        [{"context": {"contexts": ["c"]}, "pubid": 1}],
+    ),
+    "array": ("a.json", json.dumps(ROWS), ROWS),
+    "array, pretty-printed": ("a.json", json.dumps(ROWS, indent=2), ROWS),
+    "array after a byte order mark": (
+        "a.json",
+        codecs.BOM_UTF8 + json.dumps(ROWS, indent=2).encode(),
+        ROWS,
+    ),
+    "keyed by PMID": ("ori_pqal.json", ONE_LINE, KEYED_ROWS),
+    "keyed by PMID, pretty-printed": ("ori_pqal.json", PRETTY, KEYED_ROWS),
+    "keyed by PMID after a byte order mark": (
+        "ori_pqal.json",
+        codecs.BOM_UTF8 + PRETTY.encode(),
+        KEYED_ROWS,
+    ),
+    "a numeral of a value": (
+        "a.json",
+        '{"101": {"year": 1998.5}}',
+        [{"pubid": "101", "year": 1998.5}],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), READABLE.values(), ids=list(READABLE))
+def test_rows_of_every_json_format(tmp_path, name, content, expected):
+    assert read(tmp_path, name, content) == (expected, [])
+
+
+def test_a_row_that_is_keyed_keeps_its_own_id(tmp_path):
+    rows, _ = read(tmp_path, "a.json", '{"101": {"pubid": "7"}}')
+    assert rows == [{"pubid": "7"}]
+
+
+def test_a_document_longer_than_what_is_looked_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.reading.LONGEST_ROW", 60)
+    assert read(tmp_path, "a.json", ONE_LINE) == (KEYED_ROWS, [])
+    assert read(tmp_path, "b.json", json.dumps(ROWS)) == (ROWS, [])
+    long = {"question": "x" * 100}
+    assert read(tmp_path, "c.json", lines(long, long)) == ([long, long], [])
+
+
+@pytest.mark.parametrize("text", [ONE_LINE, PRETTY], ids=["one line", "pretty-printed"])
+@pytest.mark.parametrize(
+    ("spoil", "survive", "place"),
+    [
+        (lambda text: text[: text.index("How")], 1, "after entry 101"),
+        # ijson is sure of an entry once the next one begins, so 102 goes with the break.
+        (lambda text: text.replace('"103"', "103"), 1, "after entry 101"),
+        (lambda text: text.replace("How", "\\x"), 1, "after entry 101"),
+        (lambda text: text + "}", 3, "after entry 103"),
+    ],
+    ids=["cut off", "a key without quotation marks", "a bad escape", "more after the end"],
+)
+def test_rows_before_the_place_where_a_document_breaks(tmp_path, text, spoil, survive, place):
+    rows, problems = read(tmp_path, "ori_pqal.json", spoil(text))
+    assert rows == KEYED_ROWS[:survive]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{place}: the rest of the file is not JSON (")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_before_the_place_where_an_array_breaks(tmp_path, indent):
+    text = json.dumps(ROWS, indent=indent)
+    rows, problems = read(tmp_path, "a.json", text[: text.index("How")])
+    assert rows == ROWS[:1]
+    assert problems[0].startswith("after item 1: the rest of the file is not JSON (")
+
+
+def test_a_byte_in_a_document_that_is_no_text(tmp_path):
+    rows, problems = read(tmp_path, "a.json", ONE_LINE.encode().replace(b"How", b"\xff"))
+    assert rows == KEYED_ROWS[:1]
+    assert problems[0].startswith("after entry 101: ")
+
+
+def test_a_line_that_is_not_utf8_is_one_bad_row(tmp_path):
+    content = b"".join(
+        [lines(ROWS[0]).encode(), b'{"question": "\xe9"}\n', lines(ROWS[1]).encode()]
+    )
+    assert read(tmp_path, "a.jsonl", content) == (
+        ROWS[:2],
+        ["line 2: not UTF-8 (byte 14 of the line)"],
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("broken", ['{"question": "Wh', "5", "null", "[1, 2]", "[" * 50_000, "{{{"])
+def test_a_broken_line_is_passed_on_and_its_neighbours_too(tmp_path, name, broken):
+    rows = list(read_rows(write(tmp_path, name, broken + "\n" + lines(ROWS[0]))))
+    assert [(row["place"], row["problem"]) for row in rows] == [("line 1", None), ("line 2", None)]
+    assert rows[0]["text"].strip() == broken
+    assert json.loads(rows[1]["text"]) == ROWS[0]
+
+
+def test_line_numbers_count_the_blank_lines(tmp_path):
+    path = write(tmp_path, "a.jsonl", "\n\n" + lines(ROWS[0]) + "\n" + lines(ROWS[1]))
+    assert [row["place"] for row in read_rows(path)] == ["line 3", "line 5"]
+
+
+HEADER = "claim_id\tclaim\tlabel\n"
+CLAIM = {"claim_id": "7", "claim": "Zinc shortens colds.", "label": "unproven"}
+TABLES = {
+    "plain": (HEADER + "7\tZinc shortens colds.\tunproven\n", [CLAIM]),
+    "Windows line ends": (HEADER + "7\tZinc shortens colds.\tunproven\r\n", [CLAIM]),
+    "an unmatched quotation mark": (
+        HEADER + '7\t"Zinc shortens colds.\tunproven\n' + HEADER.replace("claim_id", "8"),
+        [
+            CLAIM | {"claim": '"Zinc shortens colds.'},
+            {"claim_id": "8", "claim": "claim", "label": "label"},
+        ],
+    ),
+    "quotation marks around and within": (
+        HEADER + '7\t"Zinc" is a ""cure"".\tunproven\n',
+        [CLAIM | {"claim": '"Zinc" is a ""cure"".'}],
+    ),
+    "an extra first column": (
+        HEADER + "0\t7\tZinc shortens colds.\tunproven\n1\t7\tZinc shortens colds.\tunproven\n",
+        [{"": "0"} | CLAIM, {"": "1"} | CLAIM],
+    ),
+    "an extra first column that the header leaves blank": (
+        "\t" + HEADER + "0\t7\tZinc shortens colds.\tunproven\n",
+        [{"": "0"} | CLAIM],
+    ),
+    "an extra first column with a name": (
+        "Unnamed: 0\t" + HEADER + "0\t7\tZinc shortens colds.\tunproven\n",
+        [{"Unnamed: 0": "0"} | CLAIM],
+    ),
+    "an empty last field": (
+        HEADER + "7\tZinc shortens colds.\t\n",
+        [CLAIM | {"label": ""}],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), TABLES.values(), ids=list(TABLES))
+def test_tab_separated_lines(tmp_path, content, expected):
+    assert read(tmp_path, "test.tsv", content) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [("7\tZinc shortens\n", 2), ("7\tZinc\tshortens colds.\tunproven\n", 4), ("7\n", 1)],
+    ids=["too few", "a tab within a field", "one"],
+)
+def test_a_row_with_another_number_of_fields_is_bad(tmp_path, row, fields):
+    good = "7\tZinc shortens colds.\tunproven\n"
+    assert read(tmp_path, "train.tsv", HEADER + good + row + good) == (
+        [CLAIM, CLAIM],
+        [f"line 3: {fields} fields between tabs, the header names 3"],
+    )
+
+
+def test_a_tab_separated_line_that_is_not_utf8(tmp_path):
+    content = HEADER.encode() + b"7\t\xff\ttrue\n7\tZinc shortens colds.\tunproven\n"
+    rows, problems = read(tmp_path, "train.tsv", content)
+    assert rows == [CLAIM]
+    assert problems == ["line 2: not UTF-8 (byte 2 of the line)"]
+
+
+def to_parquet(path, labels, names):
+    features = Features({"claim": Value("string"), "label": ClassLabel(names=names)})
+    Dataset.from_dict({"claim": ["c"] * len(labels), "label": labels}, features).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["false", "mixture", "true", "unproven"], ["true", "false", "unproven", "mixture"]],
+)
+def test_labels_of_a_parquet_file_go_by_name(tmp_path, names):
+    path = tmp_path / "train.parquet"
+    to_parquet(path, [0, 1, 2, 3, -1, None], names)
+    rows = list(read_rows(path))
+    assert [json.loads(row["text"])["label"] for row in rows] == [*names, -1, None]
+    assert [row["place"] for row in rows[:2]] == ["row 1", "row 2"]
+
+
+def test_a_parquet_file_without_its_label_column_or_metadata(tmp_path):
+    path = tmp_path / "train.parquet"
+    to_parquet(path, [0, 1], ["false", "true"])
+    table = parquet.read_table(path)
+    parquet.write_table(table.drop(["label"]), path)
+    assert [json.loads(row["text"]) for row in read_rows(path)] == [{"claim": "c"}] * 2
+    parquet.write_table(table.replace_schema_metadata(None), path)
+    assert [json.loads(row["text"])["label"] for row in read_rows(path)] == [0, 1]
+
+
+def test_rows_of_several_batches_of_parquet_are_counted_on(tmp_path):
+    parquet.write_table(pa.table({"id": range(2500)}), tmp_path / "a.parquet")
+    rows = list(read_rows(tmp_path / "a.parquet"))
+    assert rows[-1]["place"] == "row 2500"
+    assert [json.loads(row["text"])["id"] for row in rows] == list(range(2500))
+
+
+def test_parquet_that_is_none(tmp_path):
+    path = write(tmp_path, "train.parquet", "PAR1 but no more")
+    with pytest.raises(UserError, match=r"train\.parquet: is not a parquet file"):
+        list(read_rows(path))
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    text = "First line.\n\nLast “line”.\n"
+    assert read(tmp_path, "a.txt", codecs.BOM_UTF8 + text.encode()) == ([{"text": text}], [])
+    assert read(tmp_path, "b.txt", b"ab\xff") == ([], ["its text: not UTF-8 (byte 2 of the file)"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.tsv", "a.parquet", "a.txt"])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}: "):
+        list(read_rows(tmp_path / name))
+
+
+# Where the files come from.
+
+
+def found(raw_dir, name):
+    data = inputs.find(name, raw_dir)
+    return {f.path.relative_to(data.folder).as_posix(): f.split for f in data.files}, data.ignored
+
+
+LAYOUTS = {
+    "medqa": {
+        "US/4_options/phrases_no_exclude_train.jsonl": "train",
+        "US/4_options/phrases_no_exclude_dev.jsonl": "validation",
+        "US/4_options/phrases_no_exclude_test.jsonl": "test",
+        "Mainland/train.jsonl": None,
+        "Taiwan/test.jsonl": None,
+        "US/US_qbank.jsonl": None,
+    },
+    "medmcqa": {
+        "train.json": "train",
+        "dev.json": "validation",
+        "test.json": "test",
+        "data/validation-00000-of-00001.parquet": "validation",
+    },
+    "pubmedqa": {
+        "ori_pqaa.json": "artificial",
+        "ori_pqau.json": "unlabelled",
+        "ori_pqal.json": "labelled",
+        "test_set.json": "test",
+        "pqal_fold0/train_set.json": "labelled",
+        "test_ground_truth.json": None,
+        "pqa_artificial/train-00000-of-00001.parquet": "artificial",
+        "pqa_unlabeled/train-00000-of-00001.parquet": "unlabelled",
+        "pqa_labeled/train-00000-of-00001.parquet": "labelled",
+    },
+    "pubhealth": {
+        "train.tsv": "train",
+        "dev.tsv": "validation",
+        "test.tsv": "test",
+        "default/validation/0000.parquet": "validation",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_file_of_a_release_or_the_hub_tells_its_split(tmp_path, name):
+    for path in LAYOUTS[name]:
+        write(tmp_path / name, path, "")
+    expected = {path: split for path, split in LAYOUTS[name].items() if split}
+    assert found(tmp_path, name) == (expected, [])
+
+
+def test_files_that_tell_no_split_are_listed_and_others_not_looked_at(tmp_path):
+    for path in ("train.jsonl", "everything.jsonl", "README.md", "train.csv"):
+        write(tmp_path / "medqa", path, "")
+    assert found(tmp_path, "medqa") == ({"train.jsonl": "train"}, ["medqa/everything.jsonl"])
+
+
+def test_a_word_above_the_folder_names_no_split(tmp_path):
+    write(tmp_path / "test_of_mine/medqa", "train.jsonl", "")
+    assert found(tmp_path / "test_of_mine", "medqa") == ({"train.jsonl": "train"}, [])
+
+
+def test_a_missing_folder_names_the_layout_and_the_way_around(tmp_path):
+    with pytest.raises(UserError, match=r"medmcqa: there is no such folder.*DIR/medqa/.*--sources"):
+        inputs.find("medmcqa", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["rows.jsonl"], r"train or validation or test\); found medqa/rows\.jsonl"),
+        (["train.csv"], r"found nothing that ends in \.jsonl, \.json, \.tsv, \.parquet"),
+    ],
+)
+def test_a_folder_without_a_usable_name(tmp_path, files, said):
+    for path in files:
+        write(tmp_path / "medqa", path, "")
+    with pytest.raises(UserError, match=said):
+        inputs.find("medqa", tmp_path)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of a hub that cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_without_the_hub_both_other_ways_are_named(hub_cache, name):
+    with pytest.raises(UserError) as caught:
+        inputs.find(name, None)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ")
+    for part in ("cannot be loaded from the hub", "--raw_dir DIR", f"DIR/{name}/", "--sample"):
+        assert part in message
+
+
+def test_what_the_hub_gave_once_is_used_without_it(hub_cache):
+    snapshot = "datasets--GBaker--MedQA-USMLE-4-options/snapshots"
+    revision = "0fb93dd23a7339b6dcd27e241cb9b5eca62d4d18"
+    name = "phrases_no_exclude_test.jsonl"
+    write(hub_cache, f"{snapshot}/{revision}/{name}", "")
+    assert found(None, "medqa") == ({name: "test"}, [])
+
+
+def test_digests_tell_one_file_from_another(tmp_path):
+    write(tmp_path / "medqa", "train.jsonl", "a")
+    first = inputs.find("medqa", tmp_path).digests()
+    assert first[0] | {"sha256": ""} == {
+        "source": "medqa",
+        "file": "train.jsonl",
+        "split": "train",
+        "sha256": "",
+    }
+    write(tmp_path / "medqa", "train.jsonl", "b")
+    assert inputs.find("medqa", tmp_path).digests() != first
+
+
+def test_passages_are_any_files_of_text(tmp_path):
+    for path in ("notes/a.txt", "b.jsonl", "c.pdf"):
+        write(tmp_path, path, "")
+    assert [f.path.name for f in inputs.passages(tmp_path).files] == ["b.jsonl", "a.txt"]
+    assert [f.path.name for f in inputs.passages(tmp_path / "b.jsonl").files] == ["b.jsonl"]
+    with pytest.raises(UserError, match=r"--medppl_from .*nowhere: no \.jsonl"):
+        inputs.passages(tmp_path / "nowhere")
