@@ -297,16 +297,18 @@ def test_duplicates_in_the_pool_are_dropped_and_alike_rows_share_a_part(raw, tmp
     path = raw / "medqa/train.jsonl"
     first, second = rows(path)[:2]
     append(path, first | {"id": "again", "question": first["question"].lower()})
+    words = second["question"].split()
     for n in range(6):
-        asked = f"{second['question']} Remember variant {n} {chr(97 + n) * 5}."
-        append(path, second | {"id": f"variant{n}", "question": asked})
+        told = " ".join(f"detail{n}{k}" for k in range(len(words) // 4))
+        append(path, second | {"id": f"variant{n}", "question": f"{' '.join(words)} {told}?"})
     _, report = build(tmp_path / "out", "--raw_dir", raw)
     assert report["sources"]["medqa"]["duplicate"] >= 1
     part_of = {
         r["id"]: part for part in PARTS for r in rows(tmp_path / f"out/processed/{part}.jsonl")
     }
-    variants = {part for name, part in part_of.items() if "variant" in name}
-    assert len(variants) == 1
+    variants = [part for name, part in part_of.items() if "variant" in name]
+    assert len(variants) == 6
+    assert len(set(variants)) == 1
     assert "medqa-train-again" not in part_of
 
 
