@@ -25,10 +25,10 @@ BROKEN = (ijson.JSONError, UnicodeDecodeError)
 
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """Yield `{"place", "text", "problem"}` for each row of a file.
+    """Yield `{"place", "text", "problem", "defect"}` for each row of a file.
 
     `place` says where in the file a row stands ("line 12", "entry 10808977"), `text` is its JSON;
-    `problem` is None, or why there is no text.
+    `problem` is None, or why there is no text; `defect` likewise, for what a release is known to have.
 
     Raises:
         UserError: if the file cannot be read at all.
@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 
 
 def _row(place: str, text: str = "", problem: str | None = None) -> dict:
-    return {"place": place, "text": text, "problem": problem}
+    return {"place": place, "text": text, "problem": problem, "defect": None}
 
 
 def _json(path: Path) -> Iterator[dict]:
@@ -124,8 +124,7 @@ def _tab_separated(path: Path) -> Iterator[dict]:
             header = ["", *header]
         first = False
         if len(fields) != len(header):
-            problem = f"{len(fields)} fields between tabs, the header names {len(header)}"
-            yield row | {"text": "", "problem": problem}
+            yield row | {"text": "", "defect": SLIPPED}
             continue
         yield row | {"text": json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)}
 

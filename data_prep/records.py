@@ -13,7 +13,7 @@ from data_prep.workspace import Workspace
 
 ROWS = Features(
     {"split": Value("string"), "place": Value("string"), "text": Value("string")}
-    | {"problem": Value("string")}
+    | {"problem": Value("string"), "defect": Value("string")}
 )
 # A Record's fields, and: `bad` and `dropped` say why there is none; `key` stands for its text.
 RECORDS = Features(
@@ -64,23 +64,17 @@ def _rows(files: list[DataFile]) -> Iterator[dict]:
 def _normalise(columns: dict, name: str, facts: object) -> dict:
     source = load(name)
     given = zip(*(columns[key] for key in ROWS), strict=True)
-    rows = [_row(source, *values, facts) for values in given]
+    rows = [_row(source, dict(zip(ROWS, values, strict=True)), facts) for values in given]
     return {key: [row[key] for row in rows] for key in RECORDS}
 
 
-def _row(
-    source: Source, split: str, place: str, text: str, problem: str | None, facts: object
-) -> dict:
-    empty = {key: None for key in RECORDS} | {
-        "place": place,
-        "split": split,
-        "answer": -1,
-        "key": 0,
-    }
-    if problem:
-        return empty | {"bad": problem}
+def _row(source: Source, given: dict, facts: object) -> dict:
+    empty = {key: None for key in RECORDS} | {"answer": -1, "key": 0}
+    empty |= {"place": given["place"], "split": given["split"]}
+    if given["problem"] or given["defect"]:
+        return empty | {"bad": given["problem"], "dropped": given["defect"]}
     try:
-        record = source.normalise(parse(text), split, facts)
+        record = source.normalise(parse(given["text"]), given["split"], facts)
     except BadRow as error:
         return empty | {"bad": str(error)}
     except Dropped as error:

@@ -58,7 +58,7 @@ def _unquoted(value: object, letter: str) -> str:
         option = option[:-2].rstrip()
     if '""' in option and option.startswith('"') and option.endswith('"'):
         option = option[1:-1].replace('""', '"')
-    if not option:
+    if not option.strip('"'):
         raise Dropped("has an empty option")
     return option
 
