@@ -21,6 +21,8 @@ from medistill_trl.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
 LONGEST_ROW = 4 * 1024 * 1024  # bytes looked at to tell a row from a document on one line
 PARQUET_ROWS = 1000
+# PubHealth's release has a few rows with line breaks or tabs inside a field.
+SLIPPED = "has more or fewer fields than the header"
 BROKEN = (ijson.JSONError, UnicodeDecodeError)
 
 

@@ -251,9 +251,8 @@ def test_pubhealth_release_with_row_numbers_and_quotation_marks(tmp_path):
     test = part.record(part.rows(BENCHMARK)[0])
     assert (test.native_id, test.question, test.context) == ("17", '"Salt" is safe.', ('Text "so',))
     assert len(part.rows(POOL)) == 1
-    assert ledger.bad_rows == [
-        "pubhealth/train.tsv, line 3: 6 fields between tabs, the header names 5"
-    ]
+    assert part.account.fates[2] == "dropped: has more or fewer fields than the header"
+    assert ledger.bad_rows == []
 
 
 # Passages
