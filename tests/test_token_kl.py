@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from medistill_trl.losses import token_kl
+from medistill_trl.losses import heads, token_kl
 from medistill_trl.losses.divergences import DIVERGENCES, Distribution, by_name
 from medistill_trl.losses.heads import CalledHead, LinearHead, OutputHead
 from medistill_trl.losses.token_kl import completion_states, distillation_loss, token_scores
@@ -367,7 +367,11 @@ def test_alpha_zero_needs_no_teacher():
     assert set(sums) == {"ce", "student_entropy", "tokens"}
 
 
-def test_evaluation_stores_nothing():
+def test_evaluation_stores_nothing(monkeypatch):
+    def fail(*_):
+        raise AssertionError("a gradient was computed that nobody asked for")
+
+    monkeypatch.setattr(heads._LinearProjection, "backward", fail)
     pair = Pair(trainable_head=True)
     with torch.no_grad():
         loss, _ = pair.loss(alpha=0.5)
@@ -458,16 +462,10 @@ def model_loss(student, teacher, input_ids, attention_mask, labels):
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     student_states, targets = completion_states(student.model(**inputs)[0], labels)
     teacher_states, _ = completion_states(teacher.model(**inputs)[0], labels)
-    heads = OutputHead.of(student), OutputHead.of(teacher)
     return distillation_loss(
-        student_states,
-        targets,
-        heads[0],
-        teacher_states.detach(),
-        heads[1],
-        alpha=0.5,
-        temperature=2.0,
-    )
+        student_states, targets, OutputHead.of(student), teacher_states.detach(), OutputHead.of(teacher),
+        alpha=0.5, temperature=2.0,
+    )  # fmt: skip
 
 
 def test_padding_side_and_width_do_not_matter():
@@ -654,6 +652,39 @@ def test_lora_wrapped_head_is_called():
     hidden, teacher_hidden = torch.randn(N, 16, requires_grad=True), torch.randn(N, 16)
     assert_called_head_is_exact(head, hidden, targets, teacher_hidden, head, 1e-5)
     assert layer.base_layer.weight.grad is None
+
+
+def test_check_is_not_misled_by_dropout():
+    config = LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)
+    model = get_peft_model(tiny_llama(), config)
+    torch.nn.init.normal_(model.get_output_embeddings().lora_B["default"].weight)
+    model.train()
+    OutputHead.of(model).check(model)
+    assert model.training
+
+
+class TanhHead(torch.nn.Module):
+    """Its backward needs its output, and one of its parameters takes no part."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(H, V)
+        self.idle = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, hidden):
+        return self.linear(hidden).tanh()
+
+
+def test_any_module_can_be_a_head():
+    module, hidden = TanhHead(), torch.randn(N, H, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    loss, _ = distillation_loss(hidden, targets, CalledHead(module), alpha=0.0, chunk_size=4)
+    expected = F.cross_entropy(module(hidden), targets, reduction="sum")
+    wanted = [hidden, module.linear.weight, module.linear.bias]
+    got = torch.autograd.grad(loss, [*wanted, module.idle])
+    for g, w in zip(got, torch.autograd.grad(expected, wanted), strict=False):
+        torch.testing.assert_close(g, w)
+    assert got[-1].count_nonzero() == 0
 
 
 def test_4bit_head_is_called():
