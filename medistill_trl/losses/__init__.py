@@ -1,0 +1,1 @@
+"""Losses as pure functions on tensors: no trainer, no files, no global state."""

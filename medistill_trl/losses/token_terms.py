@@ -1,0 +1,158 @@
+"""What the loss is made of, token by token: values and the gradient in the student's logits.
+
+Shapes: N completion tokens of the batch, R tokens of a block, V shared vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from medistill_trl.losses.divergences import Distribution, Divergence, kl
+
+# (student's, teacher's log-probabilities at temperature 1 (R, V)) → temperatures (R,)
+TemperatureRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class InverseConfidence:
+    """T_t = clip(base / (c_t + ε), minimum, maximum), with c_t = max_v p_S(v) at temperature 1.
+
+    The report's AdaKD: the surer the student, the lower the temperature. A `TemperatureRule`.
+
+    Raises:
+        ValueError: unless base > 0, ε ≥ 0 and 0 < minimum ≤ maximum.
+    """
+
+    base: float
+    minimum: float
+    maximum: float
+    epsilon: float = 1e-6
+
+    def __post_init__(self):
+        if not (self.base > 0 and self.epsilon >= 0 and 0 < self.minimum <= self.maximum):
+            raise ValueError(
+                f"base > 0, epsilon >= 0 and 0 < minimum <= maximum must hold, got {self}"
+            )
+
+    def __call__(
+        self, student_log_probs_RV: torch.Tensor, teacher_log_probs_RV: torch.Tensor
+    ) -> torch.Tensor:
+        confidence_R = student_log_probs_RV.amax(-1).exp()
+        return (self.base / (confidence_R + self.epsilon)).clamp(self.minimum, self.maximum)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """(1−α)·CE + α·w·T²·D per token.
+
+    Args:
+        alpha: α, in [0, 1].
+        divergence: D.
+        temperature: T, (N,), or a rule that gives it per block; None for 1, which saves two softmaxes.
+        weights_N: w; None for 1.
+        metrics: Also compute what is only logged.
+    """
+
+    alpha: float
+    divergence: Divergence
+    temperature: torch.Tensor | TemperatureRule | None = None
+    weights_N: torch.Tensor | None = None
+    metrics: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 and 1, got {self.alpha}")
+
+    @property
+    def names(self) -> list[str]:
+        """The quantities kept per token."""
+        names = ["ce"] if self.alpha < 1 or self.metrics else []
+        names += ["student_entropy"] if self.metrics else []
+        names += ["divergence", "temperature"] if self.alpha > 0 else []
+        names += ["kl", "teacher_entropy", "agreed"] if self.alpha > 0 and self.metrics else []
+        return names
+
+    def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss, from the terms of all tokens."""
+        parts = []
+        if self.alpha < 1:
+            parts.append((1 - self.alpha) * terms["ce"].sum())
+        if self.alpha > 0:
+            weights_N = 1 if self.weights_N is None else self.weights_N
+            divergence_N = weights_N * terms["temperature"].square() * terms["divergence"]
+            parts.append(self.alpha * divergence_N.sum())
+        return sum(parts)
+
+    def block(
+        self,
+        student_RV: torch.Tensor,
+        teacher_RV: torch.Tensor | None,
+        targets_R: torch.Tensor,
+        tokens: slice,
+        terms: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """One block of tokens.
+
+        Args:
+            student_RV: Logits.
+            teacher_RV: Logits; None if α = 0.
+            targets_R: Token ids.
+            tokens: The block's place among the N.
+            terms: Vectors (N,) by name; the block's part is filled in.
+
+        Returns:
+            The loss's gradient in the student's logits, (R, V).
+        """
+        by_rule = callable(self.temperature)
+        # Both at temperature 1, where something needs them.
+        student = Distribution.of(student_RV) if "ce" in terms or by_rule else None
+        teacher = Distribution.of(teacher_RV) if "kl" in terms or by_rule else None
+        if "ce" in terms:
+            terms["ce"][tokens] = -student.log_probs.gather(1, targets_R[:, None])[:, 0]
+        if "student_entropy" in terms:
+            terms["student_entropy"][tokens] = student.entropy()
+        if "kl" in terms:
+            terms["teacher_entropy"][tokens] = teacher.entropy()
+            terms["kl"][tokens] = kl(teacher, student)
+            agreed_R = student_RV.argmax(-1) == teacher_RV.argmax(-1)
+            terms["agreed"][tokens] = agreed_R.to(student_RV.dtype)
+        if self.alpha == 0:
+            return _minus_one_hot_(student.probs, targets_R, 1.0)
+        temperature_R1 = self._temperature(tokens, student, teacher)
+        terms["temperature"][tokens] = 1 if temperature_R1 is None else temperature_R1[:, 0]
+        if temperature_R1 is None:
+            pair = student or Distribution.of(student_RV), teacher or Distribution.of(teacher_RV)
+        else:
+            pair = [Distribution.of(logits, temperature_R1) for logits in (student_RV, teacher_RV)]
+        terms["divergence"][tokens], gradient_RV = self.divergence(*pair)
+        gradient_RV.mul_(self._divergence_factor(tokens, temperature_R1))
+        if self.alpha == 1:
+            return gradient_RV
+        gradient_RV.add_(student.probs, alpha=1 - self.alpha)
+        return _minus_one_hot_(gradient_RV, targets_R, 1 - self.alpha)
+
+    def _temperature(
+        self, tokens: slice, student: Distribution | None, teacher: Distribution | None
+    ) -> torch.Tensor | None:
+        """(R, 1), or None for 1."""
+        if self.temperature is None:
+            return None
+        if callable(self.temperature):
+            return self.temperature(student.log_probs, teacher.log_probs)[:, None]
+        return self.temperature[tokens, None]
+
+    def _divergence_factor(
+        self, tokens: slice, temperature_R1: torch.Tensor | None
+    ) -> torch.Tensor | float:
+        """α·w·T: of T², one T is lost since ∂D/∂logits = (1/T)·∂D/∂(logits / T)."""
+        factor = self.alpha if temperature_R1 is None else self.alpha * temperature_R1
+        return factor if self.weights_N is None else factor * self.weights_N[tokens, None]
+
+
+def _minus_one_hot_(
+    gradient_RV: torch.Tensor, targets_R: torch.Tensor, amount: float
+) -> torch.Tensor:
+    """Subtract `amount` at each row's target, in place."""
+    index_R1 = targets_R[:, None]
+    return gradient_RV.scatter_add_(1, index_R1, gradient_RV.new_full(index_R1.shape, -amount))
