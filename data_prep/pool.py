@@ -127,8 +127,7 @@ def _arrange(
         (rows,) fates, "" where a row is usable; and (rows,) parts, -1 where it is not.
     """
     columns = table.with_format("numpy")
-    signatures = np.frombuffer(b"".join(table["signature"][:]), np.uint32)
-    signatures = signatures.reshape(len(table), PERMUTATIONS)
+    signatures = _signatures(table)
     pmids = table["pmid"][:]
     same_abstract = np.array([exact_key([p]) if p else 0 for p in pmids], dtype=np.uint64)
     found = find_duplicates(columns["key"][:], signatures, [columns["asked"][:], same_abstract])
@@ -146,6 +145,17 @@ def _arrange(
     bridges = (split == BRIDGE) & (fates == "")
     fates[bridges] = "dropped: duplicate: alike to rows of two parts"
     return fates, np.where(fates == "", split, BRIDGE)
+
+
+def _signatures(table: Dataset) -> np.ndarray:
+    """(rows, permutations) uint32"""
+    result = np.empty((len(table), PERMUTATIONS), dtype=np.uint32)
+    start = 0
+    for batch in table.select_columns("signature").iter(batch_size=10_000):
+        rows = np.frombuffer(b"".join(batch["signature"]), np.uint32).reshape(-1, PERMUTATIONS)
+        result[start : start + len(rows)] = rows
+        start += len(rows)
+    return result
 
 
 def _lines(table: Dataset, positions: np.ndarray) -> Iterator[dict]:
