@@ -115,3 +115,42 @@ def encode_example(
         "input_ids": prompt_ids + completion_ids,
         "labels": [IGNORED] * len(prompt_ids) + completion_ids,
     }
+
+
+def encode_pair(
+    student: PromptFormat,
+    teacher: PromptFormat,
+    question: str,
+    completion_ids: list[int],
+    closing_ids: list[int],
+    max_length: int | None,
+) -> dict[str, list[int]]:
+    """One example for a loss that compares both models on the same completion tokens.
+
+    Each model reads the completion after its own prompt, so their rows differ in length but not in the
+    number, nor the order, of completion tokens.
+
+    Args:
+        completion_ids: Tokens of a vocabulary the models share, with the end token if its writer chose it.
+        closing_ids: Tokens that only the student learns, by cross-entropy: its end token after a
+            completion that ended at a stop string, where the teacher expects something else.
+
+    Returns:
+        `input_ids` and `labels` as in `encode_example`; `teacher_input_ids` and `teacher_labels`; and
+        `compared`, as long as `labels`: 1 where the teacher's prediction counts. What exceeds
+        `max_length` on either side is cut from the completion's end.
+    """
+    prompts = [form.encode(form.render(question)) for form in (student, teacher)]
+    ids = [*completion_ids, *closing_ids]
+    if max_length is not None:
+        ids = ids[: max(0, max_length - max(map(len, prompts)))]
+    student_ids, teacher_ids = (prompt + ids for prompt in prompts)
+    student_labels, teacher_labels = ([IGNORED] * len(prompt) + ids for prompt in prompts)
+    compared = min(len(completion_ids), len(ids))
+    return {
+        "input_ids": student_ids,
+        "labels": student_labels,
+        "teacher_input_ids": teacher_ids,
+        "teacher_labels": teacher_labels,
+        "compared": [0] * len(prompts[0]) + [1] * compared + [0] * (len(ids) - compared),
+    }

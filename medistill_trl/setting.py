@@ -11,7 +11,7 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.prompts import PromptFormat
-from medistill_trl.teacher import Sampling, Teacher
+from medistill_trl.teacher import Completion, Sampling, Teacher
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,23 @@ class Setting:
     @property
     def sampling(self) -> Sampling:
         return sampling_of(self.arguments.teacher)
+
+    def stored_completions(self, samples: int) -> list[list[Completion]]:
+        """The teacher's completions of every training prompt; it writes only what the store lacks.
+
+        Args:
+            samples: Completions of each prompt.
+        """
+        before = self.teacher.generated_tokens
+        drawn = self.store.draw(
+            self.teacher,
+            [self.teacher.form.render(prompt.question) for prompt in self.train_prompts],
+            self.sampling,
+            samples,
+            self.arguments.teacher.teacher_batch_size,
+        )
+        self.totals.generated_teacher += self.teacher.generated_tokens - before
+        return drawn
 
 
 def sampling_of(args: TeacherArguments) -> Sampling:

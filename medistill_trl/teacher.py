@@ -3,13 +3,15 @@
 Shapes: P prompt tokens, C completion tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medistill_trl.prompts import PromptFormat
+
+DRAWS_PER_STEP = 4096  # prompts of an accumulation window on one process, at most
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,34 @@ class Teacher:
         completions = complete(self.model, self.form, prompts, sampling, seed)
         self.generated_tokens += sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
         return completions
+
+
+def complete_in_parts(
+    writer: Callable[[Sequence[str], Sampling, int], list[Completion]],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    seed: int,
+    batch_size: int | None,
+) -> list[Completion]:
+    """Completions of many prompts, `batch_size` at a time (None: all at once), no two draws of a seed.
+
+    Args:
+        writer: `Teacher.complete`, or anything that answers as it does.
+        seed: Of the first part; the others count on from it.
+    """
+    size = batch_size or max(1, len(prompts))
+    completions = []
+    for start in range(0, len(prompts), size):
+        completions += writer(prompts[start : start + size], sampling, seed + start)
+    return completions
+
+
+def draw_seed(run_seed: int, step: int, process: int, num_processes: int) -> int:
+    """Of what is drawn at a step: not of what ran before, so that a resumed run draws alike.
+
+    Leaves room for `DRAWS_PER_STEP` draws on each process.
+    """
+    return (run_seed << 32) + (step * num_processes + process) * DRAWS_PER_STEP
 
 
 @torch.no_grad()

@@ -23,7 +23,13 @@ from medistill_trl.data import Prompt
 from medistill_trl.methods import Method
 from medistill_trl.prompts import PromptFormat, encode_example
 from medistill_trl.setting import Setting
-from medistill_trl.teacher import Completion, Sampling, Teacher
+from medistill_trl.teacher import (
+    Completion,
+    Sampling,
+    Teacher,
+    complete_in_parts,
+    draw_seed,
+)
 
 
 @dataclass
@@ -99,12 +105,14 @@ class SFTDistillTrainer(SFTTrainer):
 
     def _write_completions(self, batches: list[list[dict]]) -> list[dict[str, torch.Tensor]]:
         rows = [row for batch in batches for row in batch]
-        size = self.teacher_batch_size or max(1, len(rows))
         before = self.teacher.generated_tokens
-        completions = []
-        for start in range(0, len(rows), size):
-            prompts = [row["teacher_prompt"] for row in rows[start : start + size]]
-            completions += self.teacher.complete(prompts, self.sampling, self._seed(start))
+        completions = complete_in_parts(
+            self.teacher.complete,
+            [row["teacher_prompt"] for row in rows],
+            self.sampling,
+            self._seed(),
+            self.teacher_batch_size,
+        )
         self.totals.generated_teacher += self.teacher.generated_tokens - before
         examples = iter(
             encode_example(self.form, row["question"], c.text, c.finished, self.args.max_length)
@@ -112,10 +120,14 @@ class SFTDistillTrainer(SFTTrainer):
         )
         return [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
 
-    def _seed(self, start: int) -> int:
-        """Of one draw: it depends on the step, not on what ran before, so a resumed run draws alike."""
-        draw = (self.state.global_step * 4096 + start) * self.accelerator.num_processes
-        return (self.args.seed << 32) + draw + self.accelerator.process_index
+    def _seed(self) -> int:
+        accelerator = self.accelerator
+        return draw_seed(
+            self.args.seed,
+            self.state.global_step,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
 
 
 def build(setting: Setting) -> SFTDistillTrainer:
@@ -147,15 +159,7 @@ def _prompts(setting: Setting) -> Dataset:
 
 
 def _stored_examples(setting: Setting) -> Dataset:
-    before = setting.teacher.generated_tokens
-    drawn = setting.store.draw(
-        setting.teacher,
-        [setting.teacher.form.render(p.question) for p in setting.train_prompts],
-        setting.sampling,
-        setting.arguments.training.num_completions,
-        setting.arguments.teacher.teacher_batch_size,
-    )
-    setting.totals.generated_teacher += setting.teacher.generated_tokens - before
+    drawn = setting.stored_completions(setting.arguments.training.num_completions)
     return Dataset.from_list(
         [
             _example(setting, prompt, completion)

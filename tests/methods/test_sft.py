@@ -1,7 +1,6 @@
 """SFT on what the teacher writes: the estimator, the accumulation, the movement."""
 
 import copy
-import types
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from medistill_trl.methods.sft import SFTDistillConfig
 from medistill_trl.models import _set_generation
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Teacher
+from medistill_trl.teacher import DRAWS_PER_STEP, Teacher, draw_seed
 
 PROMPTS = [
     Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
@@ -176,16 +175,14 @@ def test_stored_asks_the_teacher_nothing_the_second_time(tmp_path):
     assert torch.equal(weights(first), weights(second))
 
 
-def test_no_two_draws_share_a_seed(tmp_path):
+def test_no_two_draws_share_a_seed():
     """Over steps, parts of a window and processes."""
-    trainer = methods.load("sft").build(make_setting(tmp_path))
-    seeds = set()
-    trainer.accelerator = types.SimpleNamespace(num_processes=2)
-    for rank in range(2):
-        trainer.accelerator.process_index = rank
-        for step in range(3):
-            trainer.state.global_step = step
-            seeds |= {trainer._seed(start) for start in (0, 4, 8)}
+    seeds = {
+        draw_seed(7, step, rank, 2) + start
+        for rank in range(2)
+        for step in range(3)
+        for start in (0, 4, DRAWS_PER_STEP - 1)
+    }
     assert len(seeds) == 2 * 3 * 3
 
 
