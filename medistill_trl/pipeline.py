@@ -22,6 +22,7 @@ from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.setting import Arguments, Setting
+from medistill_trl.vocabulary import require_shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ def run(recipe: Recipe) -> RunDirectory | None:
     if not arguments.run.dry_run:
         directory.check(recipe)
     loaded = load_inputs(arguments)
+    if method.teacher_access == "white_box":
+        require_shared_vocabulary(
+            loaded.student_form.tokenizer,
+            loaded.teacher_form.tokenizer,
+            method.name,
+            methods.names("black_box"),
+        )
     if arguments.run.dry_run:
         print_plan(recipe, arguments, loaded)
         state.destroy_process_group()

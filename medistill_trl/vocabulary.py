@@ -6,6 +6,8 @@ on the shared rows; Llama-2's and Qwen2's cannot be compared at all. This is pro
 
 from transformers import PreTrainedTokenizerBase
 
+from medistill_trl.errors import UserError
+
 # Where tokenizers of one family have been seen to differ: Greek, units, digits, newlines, case, emoji.
 PROBES = (
     "β-blockers lower heart rate; α₁-antitrypsin is made in the liver.",
@@ -14,6 +16,30 @@ PROBES = (
     "First line.\n\n- a list item\n\tindented",
     "naïve café — “quoted” … 😷",
 )
+
+
+def require_shared_vocabulary(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    method: str,
+    others: list[str],
+) -> None:
+    """Refuse a pair whose distributions cannot be compared token by token.
+
+    Args:
+        method: Which wants to compare them.
+        others: Methods that need the teacher's text only.
+
+    Raises:
+        UserError: naming a token or text on which the tokenizers differ, and what does work.
+    """
+    difference = _difference(student, teacher, min(len(student), len(teacher)))
+    if difference:
+        raise UserError(
+            f"{method} compares the two models token by token, and their tokenizers differ: {difference}. "
+            f"For this pair take a method that passes text: {', '.join(others)}; or a student with the "
+            "teacher's tokenizer."
+        )
 
 
 def shared_vocabulary(
@@ -26,13 +52,23 @@ def shared_vocabulary(
         the probe texts are encoded alike; None if the tokenizers differ.
     """
     size = min(len(student), len(teacher))
-    student_tokens = {id: token for token, id in student.get_vocab().items() if id < size}
-    teacher_tokens = {id: token for token, id in teacher.get_vocab().items() if id < size}
-    if student_tokens != teacher_tokens:
-        return None
-    for text in PROBES:
-        if student.encode(text, add_special_tokens=False) != teacher.encode(
-            text, add_special_tokens=False
-        ):
-            return None
-    return size
+    return None if _difference(student, teacher, size) else size
+
+
+def _difference(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, size: int
+) -> str | None:
+    """The first thing on which the tokenizers differ below `size`, for a message; None if nothing."""
+    tokens = [
+        {id: token for token, id in tokenizer.get_vocab().items() if id < size}
+        for tokenizer in (student, teacher)
+    ]
+    if tokens[0] != tokens[1]:
+        id = next(id for id in range(size) if tokens[0].get(id) != tokens[1].get(id))
+        return f"token {id} is {tokens[0].get(id)!r} for the student, {tokens[1].get(id)!r} for the teacher"
+    special = [token for token in student.all_special_tokens if token in teacher.get_vocab()]
+    for text in (*PROBES, *(f"before {token} after" for token in special)):
+        ids = [tokenizer.encode(text, add_special_tokens=False) for tokenizer in (student, teacher)]
+        if ids[0] != ids[1]:
+            return f"{text[:40]!r} has the token ids {ids[0][:8]} for the student, {ids[1][:8]} for the teacher"
+    return None

@@ -47,3 +47,8 @@ def load(name: str) -> Method:
     if name not in methods():
         raise UserError(f"method {name!r} does not exist; one of {', '.join(methods())}")
     return importlib.import_module(f"{__name__}.{name}").METHOD
+
+
+def names(teacher_access: str) -> list[str]:
+    """Methods with this kind of teacher access; imports them all."""
+    return [name for name in methods() if load(name).teacher_access == teacher_access]
