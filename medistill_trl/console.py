@@ -1,6 +1,7 @@
 """What reaches the terminal: our messages, progress, and nothing a user cannot act on."""
 
 import logging
+import os
 import warnings
 
 
@@ -10,6 +11,8 @@ def set_up(main_process: bool) -> None:
     logging.getLogger("medistill_trl").setLevel(logging.INFO if main_process else logging.ERROR)
     # It misses an optional package that would speed up 4-bit on CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # GKD and PPO live in trl.experimental; constraints.txt pins the release they were tested with.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     # TRL 1.12 sets gradient_checkpointing under the name transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
 

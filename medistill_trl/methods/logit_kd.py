@@ -1,0 +1,478 @@
+"""Logit-KD: match the teacher's next-token distribution on each token the teacher writes.
+
+    L = Σ_t (1−α) CE_t + α T² D(p_T, p_S; T)_t   over completion tokens, divided by their number
+
+with D the forward KL by default (Hinton et al. 2015, arXiv 1503.02531; the report's α and T). A fraction
+`lmbda` of the completions may come from the student itself (GKD, arXiv 2306.13649): these have no
+right tokens, so they carry the divergence alone.
+
+`GKDTrainer` gives the construction, the collation hooks and the sampling keys. Not used of it: its loss
+(no CE, no T², whole logits) and its way to draw completions (per micro-batch, normalised by other tokens).
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from medistill_trl.checkpoints import Totals
+from medistill_trl.losses import divergences
+from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_terms import TemperatureRule
+from medistill_trl.methods import Method
+from medistill_trl.prompts import IGNORED, PromptFormat, encode_pair
+from medistill_trl.setting import Setting
+from medistill_trl.teacher import (
+    Completion,
+    Sampling,
+    Teacher,
+    complete,
+    complete_in_parts,
+    draw_seed,
+)
+
+
+@dataclass
+class LogitKDConfig(GKDConfig):
+    """`trl.experimental.gkd.GKDConfig` plus the loss. `beta` is the jsd's, `temperature` and
+    `max_new_tokens` are of the student's own completions (`lmbda` > 0)."""
+
+    LIMITS = {  # see schema.py
+        "alpha": {"min": 0, "max": 1},
+        "kd_temperature": {"above": 0},
+        "skew": {"above": 0, "below": 1},
+        "lmbda": {"min": 0, "max": 1},
+        "num_completions": {"min": 1},
+        "loss_chunk_size": {"min": 1},
+    }
+
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the divergence; 1 - alpha is the cross-entropy's."},
+    )
+    kd_temperature: float = field(
+        default=2.0,
+        metadata={"help": "Softmax temperature T of the divergence, which is scaled by T²."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "forward_kl KL(T‖S), reverse_kl KL(S‖T), jsd (with beta), skew_kl and "
+            "skew_reverse_kl (with skew).",
+            "choices": ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"],
+        },
+    )
+    skew: float = field(
+        default=0.1, metadata={"help": "Share mixed in by the skew divergences (DistiLLM)."}
+    )
+    lmbda: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of completions the student writes itself (GKD's λ); 0 is the report."
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of the student's own completions."}
+    )
+    num_completions: int = field(
+        default=1,
+        metadata={
+            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
+        },
+    )
+    loss_chunk_size: int = field(
+        default=256,
+        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
+    )
+
+    def __post_init__(self):
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+    def divergence_function(self) -> divergences.Divergence:
+        if self.divergence == "jsd":
+            return divergences.by_name("jsd", beta=self.beta)
+        skewed = self.divergence in ("skew_kl", "skew_reverse_kl")
+        return divergences.by_name(self.divergence, **({"skew": self.skew} if skewed else {}))
+
+
+class PairCollator:
+    """Pads encoded pairs on the right; leaves rows that still await a completion as they are.
+
+    Args:
+        pad_token_id: Of the vocabulary the models share.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.padding = {
+            "input_ids": pad_token_id,
+            "labels": IGNORED,
+            "teacher_input_ids": pad_token_id,
+            "teacher_labels": IGNORED,
+            "compared": 0,
+        }
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        if "example" in rows[0]:
+            return rows
+        batch = {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
+            for name, value in self.padding.items()
+        }
+        for side in ("", "teacher_"):
+            lengths = torch.tensor([len(row[f"{side}input_ids"]) for row in rows])
+            time = torch.arange(batch[f"{side}input_ids"].shape[1])
+            batch[f"{side}attention_mask"] = (time < lengths[:, None]).long()
+        batch["on_policy"] = torch.tensor([row.get("on_policy", False) for row in rows])
+        return batch
+
+
+class LogitKDTrainer(GKDTrainer):
+    """`GKDTrainer` with the fused loss, on completions drawn a whole accumulation window at a time.
+
+    Args:
+        teacher: The frozen teacher; its prompts and the student's may differ, its token ids may not.
+        shared: Token ids the two models share; both distributions are taken over these.
+        form: The student's prompt format.
+        sampling: How the teacher writes.
+        totals: Where tokens are counted.
+        teacher_batch_size: Prompts per generation; None for a whole window at once.
+    """
+
+    _name = "Logit-KD"
+
+    def __init__(
+        self,
+        *args,
+        teacher: Teacher,
+        shared: int,
+        form: PromptFormat,
+        sampling: Sampling,
+        totals: Totals,
+        teacher_batch_size: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            *args,
+            teacher_model=_no_teacher(kwargs["model"]),
+            data_collator=PairCollator(form.tokenizer.pad_token_id),
+            processing_class=form.tokenizer,
+            **kwargs,
+        )
+        self.teacher_model = teacher.model
+        self.teacher = teacher
+        self.shared = shared
+        self.form = form
+        self.sampling = sampling
+        self.totals = totals
+        self.teacher_batch_size = teacher_batch_size
+        self.divergence = self.args.divergence_function()
+        # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        for model in (self.accelerator.unwrap_model(self.model), teacher.model):
+            OutputHead.of(model).check(model)
+
+    # --- completions -----------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The window's micro-batches, and its completion tokens over all processes: dividing by them
+        makes 1×8 and 8×1 the same step."""
+        batches = list(islice(epoch_iterator, num_batches))
+        examples = iter(self._examples([row for batch in batches for row in batch]))
+        batches = [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
+        num_items = self._get_num_items_in_batch(batches, device)
+        if num_items is not None:
+            self.totals.trained += int(num_items)
+        return batches, num_items
+
+    def _examples(self, rows: list[dict]) -> list[dict]:
+        """Encoded pairs: as stored, or on what the teacher, or the student itself, writes now."""
+        seed = draw_seed(
+            self.args.seed,
+            self.state.global_step,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        draw = random.Random(seed)
+        on_policy = [draw.random() < self.args.lmbda for _ in rows]
+        examples = [row["example"] for row in rows]
+        own = [n for n, drawn in enumerate(on_policy) if drawn]
+        asked = [n for n, drawn in enumerate(on_policy) if not drawn and examples[n] is None]
+        for n, completion in zip(
+            own, self._student_writes([rows[n] for n in own], seed), strict=True
+        ):
+            examples[n] = self._encode(rows[n], completion) | {"on_policy": True}
+        written = self._teacher_writes([rows[n] for n in asked], seed)
+        for n, completion in zip(asked, written, strict=True):
+            examples[n] = self._encode(rows[n], completion)
+        return examples
+
+    def _teacher_writes(self, rows: list[dict], seed: int) -> list[Completion]:
+        before = self.teacher.generated_tokens
+        prompts = [self.teacher.form.render(row["question"]) for row in rows]
+        completions = complete_in_parts(
+            self.teacher.complete, prompts, self.sampling, seed, self.teacher_batch_size
+        )
+        self.totals.generated_teacher += self.teacher.generated_tokens - before
+        return completions
+
+    def _student_writes(self, rows: list[dict], seed: int) -> list[Completion]:
+        student = self.accelerator.unwrap_model(self.model)
+        sampling = Sampling(self.args.max_new_tokens, self.args.temperature)
+
+        def write(prompts, sampling, seed):
+            with self.accelerator.autocast():
+                return complete(student, self.form, prompts, sampling, seed)
+
+        prompts = [self.form.render(row["question"]) for row in rows]
+        completions = complete_in_parts(write, prompts, sampling, seed, self.teacher_batch_size)
+        written = sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
+        self.totals.generated_student += written
+        return completions
+
+    def _encode(self, row: dict, completion: Completion) -> dict:
+        return encode_completion_pair(
+            self.form,
+            self.teacher.form,
+            self.shared,
+            row["question"],
+            completion,
+            self.args.max_length,
+        )
+
+    # --- the loss --------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Without `GKDTrainer`'s, which would draw completions once more."""
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student = self.accelerator.unwrap_model(model)
+        with self._last_hidden(student) as seen:
+            # The head sees one position a row, for the sake of DDP, which must see a forward.
+            model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        student_NH, targets_N = completion_states(seen.hidden_BTH, inputs["labels"])
+        compared_N = inputs["compared"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
+        teacher_NH = self._teacher_states(inputs).to(student_NH.device)
+        on_policy_N = inputs["on_policy"].repeat_interleave((inputs["labels"] != IGNORED).sum(1))
+        loss = student_NH.new_zeros((), dtype=torch.float32)
+        for rows_N, alpha in ((~on_policy_N, self.args.alpha), (on_policy_N, None)):
+            if rows_N.all() or rows_N.any():
+                loss = loss + self._distil(
+                    student,
+                    student_NH[rows_N],
+                    teacher_NH[rows_N],
+                    targets_N[rows_N],
+                    compared_N[rows_N],
+                    alpha,
+                )
+        loss = loss / (max(1, len(targets_N)) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+        return (loss, ModelOutput()) if return_outputs else loss
+
+    def _distil(
+        self, student, student_NH, teacher_NH, targets_N, compared_N, alpha
+    ) -> torch.Tensor:
+        """The sum over tokens; α None stands for the student's own completions: α·T²·D and no CE."""
+        heads = OutputHead.of(student), OutputHead.of(self.teacher.model)
+        temperature, weights_N = self._temperatures(heads, student_NH, teacher_NH)
+        weights_N = compared_N.float() if weights_N is None else weights_N * compared_N
+        with self.accelerator.autocast():
+            loss, sums = distillation_loss(
+                student_NH,
+                targets_N,
+                heads[0],
+                teacher_NH,
+                heads[1],
+                alpha=1.0 if alpha is None else alpha,
+                temperature=temperature,
+                divergence=self.divergence,
+                divergence_weights_N=None if bool(compared_N.all()) else weights_N,
+                vocab_size=self.shared,
+                chunk_size=self.args.loss_chunk_size,
+            )
+        self._count(sums)
+        return loss if alpha is not None else self.args.alpha * loss
+
+    def _temperatures(
+        self,
+        heads: tuple[OutputHead, OutputHead],
+        student_NH: torch.Tensor,
+        teacher_NH: torch.Tensor,
+    ) -> tuple[float | torch.Tensor | TemperatureRule, torch.Tensor | None]:
+        """Temperature of the divergence and weight of its tokens; here the same for all."""
+        return self.args.kd_temperature, None
+
+    @torch.no_grad()
+    def _teacher_states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        model = self.teacher.model
+        states = model.get_decoder()(
+            input_ids=inputs["teacher_input_ids"].to(model.device),
+            attention_mask=inputs["teacher_attention_mask"].to(model.device),
+            use_cache=False,
+        ).last_hidden_state
+        return completion_states(states, inputs["teacher_labels"].to(model.device))[0]
+
+    @contextmanager
+    def _last_hidden(self, student: PreTrainedModel) -> Iterator[SimpleNamespace]:
+        """Keeps the decoder's last hidden states of the forward passes within."""
+        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        seen = SimpleNamespace(hidden_BTH=None)
+
+        def keep(module, inputs, output):
+            seen.hidden_BTH = output.last_hidden_state
+
+        hook = base.get_decoder().register_forward_hook(keep)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    # --- the log ---------------------------------------------------------------------------------
+
+    def _count(self, sums: dict[str, torch.Tensor]) -> None:
+        total = self._sums["train" if self.model.training else "eval"]
+        for name, value in sums.items():
+            if name.endswith("_min"):
+                total[name] = torch.minimum(total.get(name, value), value)
+            elif name.endswith("_max"):
+                total[name] = torch.maximum(total.get(name, value), value)
+            else:
+                total[name] = total.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds means per completion token since the last log, over all processes."""
+        mode = "train" if self.model.training else "eval"
+        prefix = "" if mode == "train" else "eval_"
+        means = per_token(self.accelerator, self._sums[mode])
+        self._sums[mode] = {}
+        super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
+
+
+NAMES = {
+    "agreed": "top1",
+    "ce": "ce_nats",
+    "kl": "kl_nats",
+    "divergence": "divergence_nats",
+    "student_entropy": "student_entropy_nats",
+    "teacher_entropy": "teacher_entropy_nats",
+    "temperature": "temperature_mean",
+    "clipped_low": "clipped_low_share",
+    "clipped_high": "clipped_high_share",
+}
+
+
+def per_token(accelerator, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Sums over tokens → means over tokens, over all processes, under the names of the log."""
+    means = {}
+    if not sums:
+        return means
+    reduced = {
+        name: accelerator.gather(value.reshape(1).to(accelerator.device))
+        for name, value in sorted(sums.items())
+    }
+    tokens = reduced.pop("tokens").sum().clamp_min(1)
+    for name, values in reduced.items():
+        if name.endswith("_min"):
+            means[name] = values.min().item()
+        elif name.endswith("_max"):
+            means[name] = values.max().item()
+        else:
+            means[NAMES.get(name, name)] = (values.sum() / tokens).item()
+    return means
+
+
+def encode_completion_pair(
+    student: PromptFormat,
+    teacher: PromptFormat,
+    shared: int,
+    question: str,
+    completion: Completion,
+    max_length: int | None,
+) -> dict[str, list[int]]:
+    """A completion as both models read it, see `encode_pair`.
+
+    The writer's own tokens, cut before the first that the models do not share. A completion that ended at
+    a stop string is closed by the student's end token, which the teacher would not have written.
+    """
+    written = [*completion.token_ids, *([] if completion.end_id is None else [completion.end_id])]
+    ids = list(takewhile(lambda token: token < shared, written))
+    stopped = completion.finished and completion.end_id is None and len(ids) == len(written)
+    closing = [student.tokenizer.eos_token_id] if stopped else []
+    return encode_pair(student, teacher, question, ids, closing, max_length)
+
+
+def _no_teacher(student: PreTrainedModel) -> nn.Module:
+    """What `GKDTrainer`'s constructor may look at in place of a teacher: it refuses vocabularies of
+    different sizes, which the loss slices to what they share."""
+    stand_in = nn.Module()
+    stand_in.config = student.config
+    return stand_in
+
+
+def build(setting: Setting) -> LogitKDTrainer:
+    """The trainer, with stored completions drawn if the recipe asks for them."""
+    return build_with(LogitKDTrainer, setting)
+
+
+def build_with(trainer: type[LogitKDTrainer], setting: Setting) -> LogitKDTrainer:
+    """`build`, for a subclass."""
+    args, shared = setting.arguments.training, setting.heldout.shared
+
+    def example(question: str, completion: Completion) -> dict:
+        return encode_completion_pair(
+            setting.form, setting.teacher.form, shared, question, completion, args.max_length
+        )
+
+    prompts = setting.train_prompts
+    if setting.arguments.teacher.teacher_completions == "stored":
+        drawn = setting.stored_completions(args.num_completions)
+        rows = [
+            {"question": prompt.question, "example": example(prompt.question, completion)}
+            for prompt, completions in zip(prompts, drawn, strict=True)
+            for completion in completions
+        ]
+    else:
+        rows = [{"question": prompt.question, "example": None} for prompt in prompts]
+    heldout = zip(setting.heldout.prompts, setting.heldout.completions, strict=True)
+    return trainer(
+        model=setting.student,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list([example(p.question, c) for p, c in heldout]),
+        teacher=setting.teacher,
+        shared=shared,
+        form=setting.form,
+        sampling=setting.sampling,
+        totals=setting.totals,
+        teacher_batch_size=setting.arguments.teacher.teacher_batch_size,
+    )
+
+
+METHOD = Method(
+    name="logit_kd",
+    config=LogitKDConfig,
+    teacher_access="white_box",
+    build=build,
+    paper="arXiv 1503.02531",
+)
