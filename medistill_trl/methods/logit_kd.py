@@ -273,18 +273,17 @@ class LogitKDTrainer(GKDTrainer):
         student_NH, targets_N = completion_states(seen.hidden_BTH, inputs["labels"])
         compared_N = inputs["compared"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
         teacher_NH = self._teacher_states(inputs).to(student_NH.device)
-        on_policy_N = inputs["on_policy"].repeat_interleave((inputs["labels"] != IGNORED).sum(1))
-        loss = student_NH.new_zeros((), dtype=torch.float32)
-        for rows_N, alpha in ((~on_policy_N, self.args.alpha), (on_policy_N, None)):
-            if rows_N.all() or rows_N.any():
-                loss = loss + self._distil(
-                    student,
-                    student_NH[rows_N],
-                    teacher_NH[rows_N],
-                    targets_N[rows_N],
-                    compared_N[rows_N],
-                    alpha,
-                )
+        parts = [(slice(None), self.args.alpha)]
+        if self.args.lmbda > 0:
+            completions_N = (inputs["labels"] != IGNORED).sum(1)
+            own_N = inputs["on_policy"].repeat_interleave(completions_N)
+            parts = [(~own_N, self.args.alpha), (own_N, None)]
+        loss = sum(
+            self._distil(
+                student, student_NH[rows], teacher_NH[rows], targets_N[rows], compared_N[rows], alpha
+            )
+            for rows, alpha in parts
+        )
         loss = loss / (max(1, len(targets_N)) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
@@ -296,7 +295,7 @@ class LogitKDTrainer(GKDTrainer):
         """The sum over tokens; α None stands for the student's own completions: α·T²·D and no CE."""
         heads = OutputHead.of(student), OutputHead.of(self.teacher.model)
         temperature, weights_N = self._temperatures(heads, student_NH, teacher_NH)
-        weights_N = compared_N.float() if weights_N is None else weights_N * compared_N
+        weights_N = compared_N.float() if weights_N is None else weights_N * compared_N.float()
         with self.accelerator.autocast():
             loss, sums = distillation_loss(
                 student_NH,
@@ -307,7 +306,7 @@ class LogitKDTrainer(GKDTrainer):
                 alpha=1.0 if alpha is None else alpha,
                 temperature=temperature,
                 divergence=self.divergence,
-                divergence_weights_N=None if bool(compared_N.all()) else weights_N,
+                divergence_weights_N=weights_N,
                 vocab_size=self.shared,
                 chunk_size=self.args.loss_chunk_size,
             )
