@@ -166,7 +166,7 @@ def test_temperature_squared_is_on_the_divergence_only():
 
 
 def test_metrics_by_hand():
-    """H(p) = ln 2; H(q) = −¾ ln ¾ − ¼ ln ¼ = 0.215762 + 0.346574; both prefer token 0 (p by order)."""
+    """H(p) = ln 2; H(q) = −¾ ln ¾ − ¼ ln ¼ = 0.215762 + 0.346574; token 0 is a likeliest one of both."""
     _, _, sums = two_token_loss(alpha=0.5, temperature=2.0)
     assert sums["ce"].item() == pytest.approx(math.log(2))
     assert sums["student_entropy"].item() == pytest.approx(math.log(2))
@@ -175,6 +175,15 @@ def test_metrics_by_hand():
     assert sums["agreed"].item() == 1
     assert sums["tokens"].item() == 1
     assert all(s.dtype == torch.float32 and not s.requires_grad for s in sums.values())
+
+
+def test_agreement_by_hand():
+    """Agreed: the first, and the third, where the student's first of two equals is the teacher's."""
+    student = torch.tensor([[2.0, 1, 0], [0, 2, 1], [1, 1, 0], [0, 1, 2]])
+    teacher = torch.tensor([[5.0, 1, 0], [1, 0, 5], [3, 0, 1], [2, 1, 0]])
+    head = LinearHead(torch.eye(3))
+    _, sums = distillation_loss(student, torch.zeros(4).long(), head, teacher, head, alpha=0.5)
+    assert sums["agreed"].item() == 2
 
 
 def test_inverse_confidence_by_hand():

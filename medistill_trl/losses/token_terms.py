@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medistill_trl.losses.divergences import Distribution, Divergence, kl
+from medistill_trl.losses.divergences import Distribution, Divergence
 
 # (student's, teacher's log-probabilities at temperature 1 (R, V)) → temperatures (R,)
 TemperatureRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -113,10 +113,11 @@ class Objective:
         if "student_entropy" in terms:
             terms["student_entropy"][tokens] = student.entropy()
         if "kl" in terms:
-            terms["teacher_entropy"][tokens] = teacher.entropy()
-            terms["kl"][tokens] = kl(teacher, student)
-            agreed_R = student_RV.argmax(-1) == teacher_RV.argmax(-1)
-            terms["agreed"][tokens] = agreed_R.to(student_RV.dtype)
+            entropy_R = teacher.entropy()
+            terms["teacher_entropy"][tokens] = entropy_R
+            cross_entropy_R = -torch.linalg.vecdot(teacher.probs, student.log_probs)
+            terms["kl"][tokens] = cross_entropy_R - entropy_R
+            terms["agreed"][tokens] = _same_top(student_RV, teacher_RV).to(student_RV.dtype)
         if self.alpha == 0:
             return _minus_one_hot_(student.probs, targets_R, 1.0)
         temperature_R1 = self._temperature(tokens, student, teacher)
@@ -148,6 +149,13 @@ class Objective:
         """α·w·T: of T², one T is lost since ∂D/∂logits = (1/T)·∂D/∂(logits / T)."""
         factor = self.alpha if temperature_R1 is None else self.alpha * temperature_R1
         return factor if self.weights_N is None else factor * self.weights_N[tokens, None]
+
+
+def _same_top(student_RV: torch.Tensor, teacher_RV: torch.Tensor) -> torch.Tensor:
+    """Is the student's likeliest token the teacher's too, or tied with it? (R,), bool."""
+    # On a CPU two argmaxes would be the dearest thing in the block; max and amax take a third of it.
+    top_R1 = student_RV.max(-1, keepdim=True).indices
+    return teacher_RV.gather(1, top_R1)[:, 0] == teacher_RV.amax(-1)
 
 
 def _minus_one_hot_(
