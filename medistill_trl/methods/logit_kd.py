@@ -280,7 +280,12 @@ class LogitKDTrainer(GKDTrainer):
             parts = [(~own_N, self.args.alpha), (own_N, None)]
         loss = sum(
             self._distil(
-                student, student_NH[rows], teacher_NH[rows], targets_N[rows], compared_N[rows], alpha
+                student,
+                student_NH[rows],
+                teacher_NH[rows],
+                targets_N[rows],
+                compared_N[rows],
+                alpha,
             )
             for rows, alpha in parts
         )
