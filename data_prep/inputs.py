@@ -1,6 +1,7 @@
 """Where the rows come from: the hub at pinned revisions, a folder of releases, or the sample."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from data_prep.reading import SUFFIXES
 from data_prep.sources import DataFile, Source, load
 from medistill_trl.errors import UserError, first_line
 
+PASSAGE_SUFFIXES = (*SUFFIXES, ".txt")
+UNREAD = (".md",)  # notes about the files
+UNKNOWN = ""
 SAMPLE = Path(__file__).parent / "sample" / "raw"
 LAYOUT = "DIR/medqa/, DIR/medmcqa/, DIR/pubmedqa/ and DIR/pubhealth/ (docs/data.md names the files)"
 
@@ -20,24 +24,27 @@ class Input:
     Args:
         folder: Below which they lie.
         files: With the split each holds, in the order of their paths.
-        ignored: Files whose path tells no split.
+        beside: Files that are not rows but may tell something about them (PubMedQA's test ids).
+        ignored: Files that are not read: their path tells no split, or their suffix no format.
     """
 
     source: Source
     folder: Path
     files: list[DataFile]
+    beside: list[Path]
     ignored: list[str]
 
     def digests(self) -> list[dict[str, str]]:
-        """Path below the folder, split and sha256 of each file."""
+        """Path below the folder, split and sha256 of each file; no split for those beside."""
+        named = [(file.path, file.split) for file in self.files] + [(p, "") for p in self.beside]
         return [
             {
                 "source": self.source.name,
-                "file": file.path.relative_to(self.folder).as_posix(),
-                "split": file.split,
-                "sha256": sha256(file.path),
+                "file": path.relative_to(self.folder).as_posix(),
+                "split": split,
+                "sha256": sha256(path),
             }
-            for file in self.files
+            for path, split in named
         ]
 
 
@@ -59,8 +66,7 @@ def find(name: str, raw_dir: Path | None) -> Input:
             f"{folder}: there is no such folder; --raw_dir DIR wants {LAYOUT}. Leave a dataset out with "
             "--sources."
         )
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
-    return _sorted_out(source, folder, found)
+    return _sorted_out(source, folder, _files(folder))
 
 
 def passages(path: Path) -> Input:
@@ -70,31 +76,56 @@ def passages(path: Path) -> Input:
         UserError: if there are none.
     """
     folder = path if path.is_dir() else path.parent
-    candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [p for p in candidates if p.is_file() and p.suffix in (*SUFFIXES, ".txt")]
-    if not found:
+    found = _files(path) if path.is_dir() else [path]
+    if not any(p.is_file() and p.suffix.lower() in PASSAGE_SUFFIXES for p in found):
         raise UserError(
-            f"--medppl_from {path}: no .jsonl, .json, .parquet, .tsv or .txt file there"
+            f"--medppl_from {path}: there is no file that ends in {', '.join(PASSAGE_SUFFIXES)}"
         )
     return _sorted_out(load("passages"), folder, found)
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones, through links too, in the order of their paths."""
+    walk = os.walk(folder, followlinks=True)
+    found = [Path(top, name) for top, _, names in walk for name in names]
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
 def _sorted_out(source: Source, folder: Path, found: list[Path]) -> Input:
-    files, ignored = [], []
+    files, beside, ignored = [], [], []
+    suffixes = PASSAGE_SUFFIXES if source.name == "passages" else SUFFIXES
     for path in found:
-        name = path.relative_to(folder).as_posix()
-        # A hub snapshot's own path may hold any word; only what is below it names a split.
-        match = next((split for pattern, split in source.splits if re.search(pattern, name)), "")
-        if match:
+        name = path.relative_to(folder)
+        if path.suffix.lower() in UNREAD:
+            continue
+        match = _split(source, name) if path.suffix.lower() in suffixes else UNKNOWN
+        if match is None:
+            beside.append(path)
+        elif match == UNKNOWN:
+            ignored.append(f"{source.name}/{name.as_posix()}")
+        else:
             files.append(DataFile(path, match))
-        elif match == "":
-            ignored.append(f"{source.name}/{name}")
     if not files:
-        named = ", ".join(ignored) or "nothing that ends in " + ", ".join(SUFFIXES)
+        named = ", ".join(ignored) or "nothing that ends in " + ", ".join(suffixes)
         raise UserError(
             f"{folder}: no file whose name tells its split ({' or '.join(source.roles)}); found {named}"
         )
-    return Input(source, folder, files, ignored)
+    return Input(source, folder, files, beside, ignored)
+
+
+def _split(source: Source, name: Path) -> str | None:
+    """The split a file holds, None if it is not wanted, or UNKNOWN.
+
+    Its own name tells, or else the nearest folder that does.
+    """
+    unwanted = [pattern for pattern, split in source.splits if split is None]
+    if any(re.search(pattern, name.as_posix()) for pattern in unwanted):
+        return None
+    for part in reversed(name.parts):
+        for pattern, split in source.splits:
+            if split and re.search(pattern, part):
+                return split
+    return UNKNOWN
 
 
 def _from_hub(source: Source) -> Path:

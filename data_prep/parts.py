@@ -14,11 +14,13 @@ from data_prep.workspace import Workspace
 
 @dataclass
 class Part:
-    """Args:
-    table: Of `records.RECORDS`, one row for each row read.
-    account: The fate of each row.
-    keys: (rows,) uint64, the order in which rows are drawn for anything.
-    roles: (rows,) what each is for.
+    """A dataset's rows: what they are, what they are for, what became of them.
+
+    Args:
+        table: Of `records.RECORDS`, one row for each row read.
+        account: The fate of each row.
+        keys: (rows,) uint64, the order in which rows are drawn for anything.
+        roles: (rows,) what each is for.
     """
 
     name: str
@@ -39,8 +41,11 @@ class Part:
 def read(work: Workspace, data: Input, seed: int, ledger: Ledger) -> Part:
     """Read a dataset's files, and decide what each row is for."""
     source = data.source
-    ledger.notes += [f"{name}: not read, its name tells no split" for name in data.ignored]
-    table = records.read(work, source, data.files, source.survey(data.folder, data.files))
+    ledger.notes += [
+        f"{name}: not read; its name tells no split, or its suffix no format"
+        for name in data.ignored
+    ]
+    table = records.read(work, data)
     account = roles.account_for(source, table, ledger)
     ids = zip(table["split"][:], table["native_id"][:], strict=True)
     keys = roles.order_keys(seed, [f"{source.name}-{split}-{name}" for split, name in ids])

@@ -8,8 +8,10 @@ file is one row.
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 
 import ijson
@@ -21,6 +23,7 @@ from medistill_trl.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
 LONGEST_ROW = 4 * 1024 * 1024  # bytes looked at to tell a row from a document on one line
 PARQUET_ROWS = 1000
+ROWS_TO_COUNT = 50  # of a table, to tell how many fields its rows have
 # PubHealth's release has a few rows with line breaks or tabs inside a field.
 SLIPPED = "has more or fewer fields than the header"
 BROKEN = (ijson.JSONError, UnicodeDecodeError)
@@ -36,7 +39,7 @@ def read_rows(path: Path) -> Iterator[dict]:
         UserError: if the file cannot be read at all.
     """
     readers = {".tsv": _tab_separated, ".parquet": _parquet, ".txt": _plain}
-    reader = readers.get(path.suffix, _json)
+    reader = readers.get(path.suffix.lower(), _json)
     try:
         yield from reader(path)
     except OSError as error:
@@ -49,7 +52,7 @@ def _row(place: str, text: str = "", problem: str | None = None) -> dict:
 
 def _json(path: Path) -> Iterator[dict]:
     """A .json file's rows: it is one document, or lines as in MedMCQA's and PubHealth's releases."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return _lines(path)
     with path.open("rb") as file:
         start = file.readline(LONGEST_ROW).removeprefix(codecs.BOM_UTF8).strip()
@@ -110,25 +113,28 @@ def _document(path: Path, keyed: bool) -> Iterator[dict]:
 def _tab_separated(path: Path) -> Iterator[dict]:
     """Lines split at tabs; a quotation mark is a letter like any other (csv's QUOTE_NONE).
 
-    PubHealth's test.tsv starts with a row number that its header may not name: its first row tells.
+    PubHealth's test.tsv starts with a row number that its header may not name: most rows then have one
+    field more.
     """
-    header: list[str] = []
-    first = True
-    for row in _lines(path):
+    lines = _lines(path)
+    start = list(islice(lines, ROWS_TO_COUNT))
+    header = _fields(start[0]) if start else []
+    counts = Counter(len(_fields(row)) for row in start[1:])
+    if counts and counts.most_common(1)[0][0] == len(header) + 1:
+        header = ["", *header]
+    for row in chain(start[1:], lines):
+        fields = _fields(row)
         if row["problem"]:
             yield row
-            continue
-        fields = row["text"].rstrip("\r\n").split("\t")
-        if not header:
-            header = fields
-            continue
-        if first and len(fields) == len(header) + 1:
-            header = ["", *header]
-        first = False
-        if len(fields) != len(header):
+        elif len(fields) != len(header):
             yield row | {"text": "", "defect": SLIPPED}
-            continue
-        yield row | {"text": json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)}
+        else:
+            text = json.dumps(dict(zip(header, fields, strict=True)), ensure_ascii=False)
+            yield row | {"text": text}
+
+
+def _fields(row: dict) -> list[str]:
+    return row["text"].rstrip("\r\n").split("\t")
 
 
 def _plain(path: Path) -> Iterator[dict]:
@@ -148,14 +154,18 @@ def _parquet(path: Path) -> Iterator[dict]:
         raise UserError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from error
     names = label_names(file)
     number = 0
-    for batch in file.iter_batches(PARQUET_ROWS):
-        for row in batch.to_pylist():
-            number += 1
-            for column, labels in names.items():
-                label = row.get(column)
-                if isinstance(label, int) and 0 <= label < len(labels):
-                    row[column] = labels[label]
-            yield _row(f"row {number}", json.dumps(row, ensure_ascii=False, default=str))
+    try:
+        for batch in file.iter_batches(PARQUET_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                for column, labels in names.items():
+                    label = row.get(column)
+                    if isinstance(label, int) and 0 <= label < len(labels):
+                        row[column] = labels[label]
+                yield _row(f"row {number}", json.dumps(row, ensure_ascii=False, default=str))
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = f"the rest of the file is damaged ({str(error).splitlines()[0]})"
+        yield _row(f"after row {number}", problem=problem)
 
 
 def label_names(file: parquet.ParquetFile) -> dict[str, list[str]]:

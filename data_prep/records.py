@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from datasets import Dataset, Features, List, Value
 
 from data_prep.fingerprints import exact_key, words
+from data_prep.inputs import Input
 from data_prep.reading import read_rows
 from data_prep.schema import Record
-from data_prep.sources import DataFile, Source, load
+from data_prep.sources import Source, load
 from data_prep.sources.rows import BadRow, Dropped, parse
 from data_prep.workspace import Workspace
 
@@ -24,9 +25,11 @@ RECORDS = Features(
 )
 
 
-def read(work: Workspace, source: Source, files: list[DataFile], facts: object) -> Dataset:
-    """The table of `RECORDS` of all rows of `files`, in their order."""
-    rows = work.table(f"{source.name} read", lambda: _rows(files), ROWS)
+def read(work: Workspace, data: Input) -> Dataset:
+    """The table of `RECORDS` of all rows of a dataset's files, in their order."""
+    source = data.source
+    facts = source.survey(data.folder, data.files)
+    rows = work.table(f"{source.name} read", lambda: _rows(data), ROWS)
     return work.map(
         f"{source.name} check", rows, _normalise, RECORDS, name=source.name, facts=facts
     )
@@ -54,10 +57,11 @@ def records_of(source: str, columns: dict) -> Iterator[Record]:
         yield record_of(source, dict(zip(columns, values, strict=True)))
 
 
-def _rows(files: list[DataFile]) -> Iterator[dict]:
-    for file in files:
+def _rows(data: Input) -> Iterator[dict]:
+    for file in data.files:
+        name = file.path.relative_to(data.folder).as_posix()
         for row in read_rows(file.path):
-            place = f"{file.path.parent.name}/{file.path.name}, {row['place']}"
+            place = f"{data.source.name}/{name}, {row['place']}"
             yield {"split": file.split, **row, "place": place}
 
 

@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 CASES = {
     "medqa": Case(medqa, "id", "question"),
-    "medmcqa": Case(medmcqa, "id", "question", facts=1),
+    "medmcqa": Case(medmcqa, "id", "question", facts={"train": 1, "validation": 1}),
     "pubmedqa": Case(pubmedqa, "pubid", "QUESTION", "ori_pqaa", "artificial", frozenset()),
     "pubhealth": Case(pubhealth, "claim_id", "claim"),
 }

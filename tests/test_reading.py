@@ -314,10 +314,34 @@ def test_each_file_of_a_release_or_the_hub_tells_its_split(tmp_path, name):
     assert found(tmp_path, name) == (expected, [])
 
 
-def test_files_that_tell_no_split_are_listed_and_others_not_looked_at(tmp_path):
-    for path in ("train.jsonl", "everything.jsonl", "README.md", "train.csv"):
+def test_files_that_are_not_read_are_listed(tmp_path):
+    for path in ("train.JSONL", "everything.jsonl", "README.md", "dev.jsonl.gz", ".hidden.jsonl"):
         write(tmp_path / "medqa", path, "")
-    assert found(tmp_path, "medqa") == ({"train.jsonl": "train"}, ["medqa/everything.jsonl"])
+    unread = ["medqa/dev.jsonl.gz", "medqa/everything.jsonl"]
+    assert found(tmp_path, "medqa") == ({"train.JSONL": "train"}, unread)
+
+
+def test_a_files_own_name_comes_before_its_folders(tmp_path):
+    for path in ("usmle_training_2020/test.jsonl", "test_of_2019/part/train.jsonl", "dev/0.jsonl"):
+        write(tmp_path / "medqa", path, "")
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere", "test.jsonl", "")
+    (tmp_path / "medqa/linked").symlink_to(tmp_path / "elsewhere")
+    assert found(tmp_path, "medqa")[0] == {
+        "usmle_training_2020/test.jsonl": "test",
+        "test_of_2019/part/train.jsonl": "train",
+        "dev/0.jsonl": "validation",
+        "linked/test.jsonl": "test",
+    }
+
+
+def test_a_file_beside_the_rows_counts_for_the_digest(tmp_path):
+    write(tmp_path / "pubmedqa", "ori_pqal.json", "")
+    write(tmp_path / "pubmedqa", "test_ground_truth.json", "{}")
+    before = inputs.find("pubmedqa", tmp_path).digests()
+    assert [digest["file"] for digest in before] == ["ori_pqal.json", "test_ground_truth.json"]
+    write(tmp_path / "pubmedqa", "test_ground_truth.json", '{"1": "yes"}')
+    assert inputs.find("pubmedqa", tmp_path).digests() != before
 
 
 def test_a_word_above_the_folder_names_no_split(tmp_path):
@@ -334,7 +358,8 @@ def test_a_missing_folder_names_the_layout_and_the_way_around(tmp_path):
     ("files", "said"),
     [
         (["rows.jsonl"], r"train or validation or test\); found medqa/rows\.jsonl"),
-        (["train.csv"], r"found nothing that ends in \.jsonl, \.json, \.tsv, \.parquet"),
+        (["train.csv"], r"found medqa/train\.csv"),
+        (["README.md"], r"found nothing that ends in \.jsonl, \.json, \.tsv, \.parquet"),
     ],
 )
 def test_a_folder_without_a_usable_name(tmp_path, files, said):
@@ -388,5 +413,7 @@ def test_passages_are_any_files_of_text(tmp_path):
         write(tmp_path, path, "")
     assert [f.path.name for f in inputs.passages(tmp_path).files] == ["b.jsonl", "a.txt"]
     assert [f.path.name for f in inputs.passages(tmp_path / "b.jsonl").files] == ["b.jsonl"]
-    with pytest.raises(UserError, match=r"--medppl_from .*nowhere: no \.jsonl"):
+    with pytest.raises(
+        UserError, match=r"--medppl_from .*nowhere: there is no file that ends in \.jsonl"
+    ):
         inputs.passages(tmp_path / "nowhere")

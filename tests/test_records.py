@@ -152,4 +152,6 @@ def test_without_a_reserve_a_missing_split_is_only_noted(tmp_path):
 
 def test_files_that_are_not_read_are_noted(tmp_path):
     _, ledger = read(tmp_path, "medmcqa", train=cops(4), dev=cops(1), everything=cops(1))
-    assert ledger.notes == ["medmcqa/everything.jsonl: not read, its name tells no split"]
+    assert ledger.notes == [
+        "medmcqa/everything.jsonl: not read; its name tells no split, or its suffix no format"
+    ]

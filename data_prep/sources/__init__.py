@@ -48,8 +48,8 @@ class Source:
     """A dataset.
 
     Args:
-        splits: `(pattern, split)`: the first pattern found in a file's path below the dataset's
-            folder names the split the file holds; None marks a file that is not wanted.
+        splits: `(pattern, split)`: the first pattern found in a file's name, or else in that of its
+            nearest folder, names the split it holds; None marks files without rows, by path.
         roles: What each split's rows are for. A split may also be told row by row: `normalise` has
             the last word on `Record.split`.
         normalise: `(row, split, facts) -> Record`; raises `BadRow` or `Dropped`.

@@ -2,7 +2,7 @@
 
 from data_prep.schema import Record
 from data_prep.sources import PASSAGES, Hub, Source
-from data_prep.sources.rows import BadRow, content_id, identity, optional_text
+from data_prep.sources.rows import BadRow, content_id, identity, optional_text, pubmed_id
 
 
 def normalise(row: dict, split: str, facts: None) -> Record:
@@ -13,12 +13,12 @@ def normalise(row: dict, split: str, facts: None) -> Record:
         source="passages",
         split=split,
         # Ids of collections put together clash (MedQuAD's do), so the text is part of them.
-        native_id="-".join(filter(None, (identity(row, "id", "pmid"), content_id(passage)))),
+        native_id="-".join(filter(None, (identity(row, "id"), content_id(passage)))),
         question="",
         options=(),
         answer=-1,
         context=(passage,),
-        pmid=identity(row, "pmid"),
+        pmid=pubmed_id(row),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.schema import Record
 from data_prep.sources import BENCHMARK, PASSAGES, POOL, RESERVE, DataFile, Hub, Source
-from data_prep.sources.rows import BadRow, clean, identity, optional_text, text
+from data_prep.sources.rows import BadRow, clean, optional_text, pubmed_id, text
 from medistill_trl.errors import UserError
 
 ANSWERS = ("yes", "no", "maybe")
@@ -31,7 +31,7 @@ def official_test_pmids(folder: Path, files: list[DataFile]) -> frozenset[str]:
 
 
 def normalise(row: dict, split: str, test: frozenset[str]) -> Record:
-    pmid = identity(row, "pubid", "pmid")
+    pmid = pubmed_id(row)
     if pmid is None:
         raise BadRow("has no pubid")
     question = text(row, "QUESTION", "question")
@@ -75,7 +75,7 @@ def _listed(value: str) -> list:
         return [value]
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise BadRow("contexts is the text of a list that cannot be read") from error
 
 

@@ -7,6 +7,7 @@ import re
 # A question longer than this is a broken row; the longest vignette of MedQA has 4,000 characters.
 LONGEST_QUESTION = 20_000
 LONGEST_TEXT = 500_000
+_PMID = re.compile(r"(?:PMID:?)?\s*0*(\d+)", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -71,6 +72,13 @@ def identity(row: dict, *keys: str) -> str | None:
         if value is not None and str(value).strip():
             return clean(str(value), key, longest=200)
     return None
+
+
+def pubmed_id(row: dict) -> str | None:
+    """The PubMed id under any of its usual names, as PubMed writes it: digits without leading zeros."""
+    written = identity(row, "pubid", "pmid", "PMID")
+    number = _PMID.fullmatch(written or "")
+    return number[1] if number else written
 
 
 def content_id(*parts: str) -> str:
