@@ -52,7 +52,9 @@ def files(source: str, rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def held_out(record: Record) -> HeldOut:
-    return HeldOut(record.id, record.question, record.options, record.context, record.pmid)
+    """All of its text: what was trained on as an explanation must not be asked for as an answer."""
+    texts = (*record.context, record.explanation) if record.explanation else record.context
+    return HeldOut(record.id, record.question, record.options, texts, record.pmid)
 
 
 def few_shot(candidates: Iterable[Record], guard: Guard, size: int) -> list[Record]:

@@ -1,8 +1,9 @@
 """Is a text one of those held out? Four stages, each named and counted.
 
-1. the same question, or the same question with the same options (exact hash of the normalised text);
-2. half of the 13-grams of a held-out text of some length. One shared 13-gram means nothing in
-   vignettes, which share their boilerplate: it flags 29 % of MedQA's training questions;
+1. the same question, with the same options or others (exact hash of the normalised words);
+2. 13-grams: half of those of a held-out text of some length, or an answer or passage half of whose own
+   are in one held-out text. One shared 13-gram means nothing in vignettes, which share their boilerplate: it
+   flags 29 % of MedQA's training questions. A held-out question too short for that: its words in a row;
 3. questions with a word 3-gram Jaccard of at least 0.5, found by MinHash LSH, then computed exactly:
    the short ones that the second stage cannot see, and long ones changed every few words;
 4. the same PubMed id.
@@ -22,13 +23,16 @@ from data_prep.fingerprints import (
     jaccard,
     min_hash,
     ngrams,
+    runs,
     shingles,
     word_hashes,
     words,
 )
 
 COVERAGE = 0.5
-FEWEST_RUNS = 8  # a text of fewer 13-grams (20 words) is left to the other stages
+FEWEST_RUNS = 8  # a held-out text of fewer 13-grams (20 words) is looked for as a whole
+FEWEST_OWN_RUNS = 24  # and of fewer (36 words) a text is not judged by its own share
+FEWEST_WORDS = 8  # a question of fewer says too little to be looked for within another text
 SIMILARITY = 0.5
 # "which of the following is not a": a shingle that so many held-out texts have says nothing.
 BOILERPLATE = 10
@@ -42,7 +46,7 @@ SAME_OPTIONS = "same question and options"
 COVERED = "13-gram coverage"
 NEAR_DUPLICATE = "near duplicate (MinHash)"
 SAME_PMID = "same PubMed id"
-STAGES = (SAME_QUESTION, SAME_OPTIONS, COVERED, NEAR_DUPLICATE, SAME_PMID)
+STAGES = (SAME_OPTIONS, SAME_QUESTION, COVERED, NEAR_DUPLICATE, SAME_PMID)
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,48 @@ class RunIndex:
     """
 
     def __init__(self, texts: Iterable[np.ndarray]):
-        runs = [ngrams(hashes, RUN) for hashes in texts]
-        self.sizes = np.array([len(text) for text in runs], dtype=np.int64)
-        flat = np.concatenate([*runs, _NONE])
-        owners = np.repeat(np.arange(len(runs), dtype=np.int32), self.sizes)
+        found = [ngrams(hashes, RUN) for hashes in texts]
+        self.sizes = np.array([len(text) for text in found], dtype=np.int64)
+        flat = np.concatenate([*found, _NONE])
+        owners = np.repeat(np.arange(len(found), dtype=np.int32), self.sizes)
         order = np.argsort(flat, kind="stable")
         self._runs, self._owners = flat[order], owners[order]
 
-    def shared(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Texts that share any of the distinct `runs`, and how many they share."""
-        runs = runs[contains(self._runs, runs)]
-        if not len(runs):
+    def shared(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Texts that share any of the distinct 13-grams `own`, and how many they share."""
+        own = own[contains(self._runs, own)]
+        if not len(own):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        start = np.searchsorted(self._runs, runs, side="left")
-        end = np.searchsorted(self._runs, runs, side="right")
+        start = np.searchsorted(self._runs, own, side="left")
+        end = np.searchsorted(self._runs, own, side="right")
         owners = [self._owners[a:b] for a, b in zip(start, end, strict=True)]
         return np.unique(np.concatenate(owners), return_counts=True)
+
+
+class Quotations:
+    """Short questions, to find word for word within other texts.
+
+    Args:
+        questions: The words of each, as hashes; at most `2 * RUN` words.
+    """
+
+    def __init__(self, questions: dict[int, np.ndarray]):
+        self._by_opening: dict[int, list[tuple[int, int, int]]] = {}
+        for number, hashes in questions.items():
+            opening, whole = (int(runs(hashes, n)[0]) for n in (FEWEST_WORDS, len(hashes)))
+            entry = (len(hashes), whole, number)
+            self._by_opening.setdefault(opening, []).append(entry)
+        self._openings = np.array(sorted(self._by_opening), dtype=np.uint64)
+
+    def find(self, text: np.ndarray) -> int | None:
+        """The number of a question that stands in the text."""
+        openings = runs(text, FEWEST_WORDS)
+        for place in np.flatnonzero(contains(self._openings, openings)):
+            for length, whole, number in self._by_opening[int(openings[place])]:
+                found = runs(text[place : place + length], length)
+                if len(found) and int(found[0]) == whole:
+                    return number
+        return None
 
 
 @dataclass
@@ -111,24 +141,38 @@ class Guard:
     def __post_init__(self) -> None:
         self._ids = [record.id for record in self.records]
         self._owners: list[int] = []
-        hashed, questions = [], []
+        hashed: list[np.ndarray] = []
+        questions: list[np.ndarray] = []
         for number, record in enumerate(self.records):
             question = words(record.question)
-            self.questions.setdefault(exact_key(question), record.id)
-            self.with_options.setdefault(options_key(question, record.options), record.id)
+            if question:
+                self.questions.setdefault(exact_key(question), record.id)
+                self.with_options.setdefault(options_key(question, record.options), record.id)
             if record.pmid:
                 self.pmids[record.pmid] = record.id
             texts = [word_hashes(tokens) for tokens in (question, *map(words, record.texts))]
             hashed += texts
             self._owners += [number] * len(texts)
-            questions.append(shingles(texts[0]))
+            questions.append(texts[0])
         self._runs = RunIndex(hashed)
-        seen, times = np.unique(np.concatenate([*questions, _NONE]), return_counts=True)
+        self._index_questions(questions)
+
+    def _index_questions(self, questions: list[np.ndarray]) -> None:
+        texts = [shingles(question) for question in questions]
+        seen, times = np.unique(np.concatenate([*texts, _NONE]), return_counts=True)
         self._boilerplate = seen[times >= BOILERPLATE]
-        self._shingles = [self._telling(question) for question in questions]
+        short = {
+            number: question
+            for number, question in enumerate(questions)
+            if FEWEST_WORDS <= len(question) < RUN + FEWEST_RUNS
+            and 2 * contains(self._boilerplate, texts[number]).sum() < len(texts[number])
+        }
+        self._quotations = Quotations(short)
+        self._shingles = [self._telling(text) for text in texts]
         self._similar = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
-        for number, question in enumerate(self._shingles):
-            self._similar.insert(number, min_hash(question), check_duplication=False)
+        for number, text in enumerate(self._shingles):
+            if len(text):
+                self._similar.insert(number, min_hash(text), check_duplication=False)
 
     def _telling(self, question: np.ndarray) -> np.ndarray:
         """A question's shingles without the boilerplate, unless it is nothing else."""
@@ -138,28 +182,41 @@ class Guard:
     def leak(self, record: HeldOut) -> Leak | None:
         """The first stage that finds this record among those held out, or None."""
         question = words(record.question)
-        owner = self.questions.get(exact_key(question))
+        if question and record.options:
+            owner = self.with_options.get(options_key(question, record.options))
+            if owner:
+                return Leak(SAME_OPTIONS, owner)
+        owner = self.questions.get(exact_key(question)) if question else None
         if owner:
             return Leak(SAME_QUESTION, owner)
-        owner = self.with_options.get(options_key(question, record.options))
-        if owner and record.options:
-            return Leak(SAME_OPTIONS, owner)
         asked, *texts = (word_hashes(tokens) for tokens in (question, *map(words, record.texts)))
-        owner = self._covered([asked, *texts]) or self._alike(shingles(asked))
-        if owner:
-            return owner
+        found = self._covered(asked, texts) or self._alike(shingles(asked))
+        if found:
+            return found
         owner = self.pmids.get(record.pmid) if record.pmid else None
         return Leak(SAME_PMID, owner) if owner else None
 
-    def _covered(self, hashes: list[np.ndarray]) -> Leak | None:
-        runs = np.concatenate([ngrams(text, RUN) for text in hashes])
-        texts, counts = self._runs.shared(np.unique(runs) if len(hashes) > 1 else runs)
-        sizes = self._runs.sizes[texts]
-        hit = texts[(sizes >= FEWEST_RUNS) & (counts >= COVERAGE * sizes)]
-        return Leak(COVERED, self._ids[self._owners[hit[0]]]) if len(hit) else None
+    def _covered(self, question: np.ndarray, texts: list[np.ndarray]) -> Leak | None:
+        own = [np.unique(runs(text, RUN)) for text in (question, *texts)]
+        owners, counts = self._runs.shared(np.unique(np.concatenate(own)))
+        sizes = self._runs.sizes[owners]
+        found = owners[(sizes >= FEWEST_RUNS) & (counts >= COVERAGE * sizes)].tolist()
+        for text in own[1:]:  # not of the question: a vignette may be half boilerplate
+            if len(text) >= FEWEST_OWN_RUNS:
+                owners, counts = self._runs.shared(text)
+                found += owners[counts >= COVERAGE * len(text)].tolist()
+        if found:
+            return Leak(COVERED, self._ids[self._owners[found[0]]])
+        for text in (question, *texts):
+            quoted = self._quotations.find(text)
+            if quoted is not None:
+                return Leak(COVERED, self._ids[quoted])
+        return None
 
     def _alike(self, question: np.ndarray) -> Leak | None:
         question = self._telling(question)
+        if not len(question):
+            return None
         for candidate in sorted(self._similar.query(min_hash(question))):
             if jaccard(question, self._shingles[candidate]) >= SIMILARITY:
                 return Leak(NEAR_DUPLICATE, self._ids[candidate])

@@ -101,7 +101,7 @@ def write(
     """Write the benchmark from the datasets' reserves, in turn; returns what it holds out."""
     waiting = {part.name: (part, iter(part.rows(RESERVE))) for part in parts}
     waiting = {name: waiting[name] for name in SOURCES if name in waiting}
-    given = Counter()
+    given, asked = Counter(), set()
     lines: list[dict] = []
     protected: list[HeldOut] = []
     while waiting and len(lines) < size:
@@ -111,7 +111,8 @@ def write(
             del waiting[part.name]
             continue
         record = part.record(row)
-        line = prompt_row(record, guard)
+        line = prompt_row(record, guard) if record.question not in asked else "duplicate: exact"
+        asked.add(record.question)
         if isinstance(line, str):
             part.account.decide([row], f"dropped: {line}")
             ledger.example(line, id=record.id, question=record.question)
@@ -119,8 +120,7 @@ def write(
         part.account.decide([row], "kept: fidelitybench")
         lines.append(line)
         given[part.name] += 1
-        evidence_texts = tuple(passage["text"] for passage in line["evidence"])
-        protected.append(HeldOut(record.id, record.question, (), evidence_texts, record.pmid))
+        protected.append(held_out(record))
     output.write("fidelitybench_med.jsonl", lines)
     if len(lines) < size:
         ledger.notes.append(

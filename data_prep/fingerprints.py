@@ -3,6 +3,7 @@
 All of them are of the normalised words: NFKC, case folded, punctuation and spacing gone.
 """
 
+import html
 import re
 import unicodedata
 
@@ -14,14 +15,21 @@ RUN = 13  # words of the n-grams that GPT-3's and later decontaminations look fo
 SHINGLE = 3  # words of the n-grams that MinHash sees
 PERMUTATIONS = 96  # 32 bands of 3 against the benchmarks, 24 of 4 within the pool
 _WORD = re.compile(r"\w+")
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]"
+)  # soft hyphens, zero widths, marks
 _FACTOR = 0x9E3779B97F4A7C15  # any odd number: what keeps n-grams of the same words apart
-_POWERS = np.array([pow(_FACTOR, k, 2**64) for k in range(RUN)], dtype=np.uint64)
+_POWERS = np.array([pow(_FACTOR, k, 2**64) for k in range(2 * RUN)], dtype=np.uint64)
 # Hashing is done here, on 64-bit numbers; MinHash takes 32 bits of them.
 _EMPTY = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
 
 
 def words(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    if "&" in text:
+        text = html.unescape(text)
+    if not text.isascii():  # what it would do to plain text, case folding does
+        text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    return _WORD.findall(text.casefold())
 
 
 def exact_key(*parts: list[str]) -> int:
@@ -34,15 +42,20 @@ def word_hashes(tokens: list[str]) -> np.ndarray:
     return np.array([xxhash.xxh64_intdigest(token.encode()) for token in tokens], dtype=np.uint64)
 
 
-def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
-    """The distinct n-grams of a text's word hashes, sorted, (n-grams,) uint64; none if it is shorter."""
+def runs(hashes: np.ndarray, size: int) -> np.ndarray:
+    """The n-grams of a text's word hashes in reading order, (n-grams,) uint64; none if it is shorter."""
     count = len(hashes) - size + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
     sums = hashes[:count] * _POWERS[0]
     for offset in range(1, size):
         sums += hashes[offset : offset + count] * _POWERS[offset]
-    return np.unique(sums)
+    return sums
+
+
+def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
+    """The distinct n-grams, sorted."""
+    return np.unique(runs(hashes, size))
 
 
 def shingles(hashes: np.ndarray) -> np.ndarray:

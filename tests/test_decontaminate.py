@@ -8,7 +8,6 @@ from conftest import ROOT
 
 from data_prep.decontaminate import (
     COVERED,
-    FEWEST_RUNS,
     NEAR_DUPLICATE,
     SAME_OPTIONS,
     SAME_PMID,
@@ -17,7 +16,6 @@ from data_prep.decontaminate import (
     HeldOut,
     Leak,
     RunIndex,
-    options_key,
 )
 from data_prep.fingerprints import RUN, jaccard, min_hash, ngrams, shingles, word_hashes, words
 
@@ -112,25 +110,63 @@ def test_openings_that_many_questions_share_do_not_make_them_alike():
 
 def test_options_are_compared_in_any_order():
     guard = Guard([HeldOut("x", "Drug of choice?", ("Aspirin", "Heparin"))])
-    assert options_key(words("drug of choice"), ("heparin.", "ASPIRIN")) in guard.with_options
-    assert options_key(words("drug of choice"), ("warfarin", "aspirin")) not in guard.with_options
-    guard.questions.clear()
-    asked = HeldOut("y", "Drug of choice", ("heparin", "aspirin"))
+    asked = HeldOut("y", "Drug of choice", ("heparin.", "ASPIRIN"))
     assert guard.leak(asked) == Leak(SAME_OPTIONS, "x")
+    other = HeldOut("y", "Drug of choice", ("Warfarin", "Aspirin"))
+    assert guard.leak(other) == Leak(SAME_QUESTION, "x")
 
 
 def test_coverage_is_a_share_of_the_held_out_text():
     tokens = words(VIGNETTE.question)
     half = len(tokens) // 2
     enough, too_little = " ".join(tokens[: half + 12]), " ".join(tokens[: half - 12])
-    assert ask("Something else entirely?", (), (enough,)) == Leak(COVERED, "vignette")
-    assert ask("Something else entirely?", (), (too_little,)) is None
+    assert ask(enough) == Leak(COVERED, "vignette")
+    assert ask(too_little) is None
 
 
-def test_a_short_held_out_text_is_not_judged_by_its_runs():
-    short = " ".join(f"word{n}" for n in range(RUN + FEWEST_RUNS - 2))
-    guard = Guard([HeldOut("x", short)])
-    assert guard.leak(HeldOut("y", "Other?", texts=(f"{short} {VIGNETTE.question}",))) is None
+def test_an_excerpt_is_judged_by_its_own_share():
+    tokens = words(ABSTRACT.texts[0])
+    filler = [f"word{n}" for n in range(60)]
+    assert len(tokens) < 45
+    long = HeldOut("long", "What was done?", (), (" ".join([*tokens, *(filler * 4)[:200]]),))
+    guard = Guard([long])
+    excerpt = " ".join(
+        [*tokens, *["and", "then", "something", "else", "was", "said", "about", "it"]]
+    )
+    assert guard.leak(HeldOut("x", "Other?", (), (excerpt,))) == Leak(COVERED, "long")
+    assert guard.leak(HeldOut("x", excerpt)) is None  # a question may be half boilerplate
+
+
+def test_a_short_question_is_found_word_for_word_within_another_text():
+    explained = f"Remember this one: {SHORT.question.upper()} It is the right lower lobe bronchus."
+    assert ask("Anything?", (), (explained,)) == Leak(COVERED, "short")
+    assert ask(f"Read on. {SHORT.question}") == Leak(COVERED, "short")
+    changed = explained.replace("PEANUT", "NUT")
+    assert ask("Anything?", (), (changed,)) is None
+    tiny = Guard([HeldOut("tiny", "Cause of scurvy?")])
+    assert (
+        tiny.leak(HeldOut("x", "Other?", (), ("What is the cause of scurvy? It is simple.",)))
+        is None
+    )
+
+
+def test_questions_without_words_are_not_alike():
+    guard = Guard([HeldOut("marks", "???", ("a", "b")), ABSTRACT])
+    assert guard.leak(HeldOut("x", "", (), ("A passage about something else.",))) is None
+    assert guard.leak(HeldOut("x", "!!!", ("a", "b"))) is None
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    [
+        SHORT.question.replace("inhaled", "in\u200bha\u00adled"),
+        SHORT.question.replace(" ", "&nbsp;"),
+        SHORT.question.replace(" ", "\u00a0"),
+        SHORT.question.replace("peanut", "\uff50eanut"),
+    ],
+)
+def test_invisible_differences_are_no_differences(disguised):
+    assert ask(disguised) == Leak(SAME_QUESTION, "short")
 
 
 def test_run_index_counts_shared_runs_per_text():
