@@ -18,7 +18,7 @@ from data_prep.inputs import Input
 from data_prep.ledger import Ledger
 from data_prep.output import Output
 from data_prep.report import markdown, report
-from data_prep.sources import NAMES
+from data_prep.sources import NAMES, RESERVE
 from data_prep.workspace import Workspace
 from medistill_trl.errors import UserError
 
@@ -67,7 +67,7 @@ def build(settings: Settings, found: list[Input], out: Path, jobs: int) -> dict:
     table, processed = pool.write(work, datasets, guard, output, ledger, settings.size)
     medppl.write(work, everything, guard, table, output, ledger, settings.passages)
     for part in everything:
-        part.account.decide(part.account.undecided(), "left out: held in reserve")
+        part.account.decide(part.rows(RESERVE), "left out: held in reserve")
     result = report(asdict(settings), digests, ledger, output.files, processed)
     output.publish(out, result, markdown(result))
     work.close()
@@ -87,19 +87,26 @@ def _key(settings: Settings, digests: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        found = _find(options)
+        if options.out.exists() and not options.out.is_dir():
+            raise UserError(f"--out {options.out}: is a file; give a folder")
         settings = Settings(
-            tuple(options.sources),
+            tuple(name for name in NAMES if name in options.sources),
             options.size,
             options.seed,
             options.medppl_size,
             options.fidelitybench_size,
             options.on_bad_row,
         )
-        result = build(settings, found, options.out, options.jobs)
+        result = build(settings, _find(options, settings.sources), options.out, options.jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     _tell(result, options.out)
     return 0
 
@@ -134,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a row that cannot be used: fail names them all and writes nothing (default), skip leaves "
         "them out and names them in the report",
     )
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--jobs", type=_count, default=os.cpu_count() or 1, help="processes (default: all cores)")
     return parser
 
 
@@ -149,9 +156,9 @@ def _count(text: str) -> int:
     return int(digits) * thousands
 
 
-def _find(options: argparse.Namespace) -> list[Input]:
+def _find(options: argparse.Namespace, sources: tuple[str, ...]) -> list[Input]:
     raw_dir = inputs.SAMPLE if options.sample else options.raw_dir
-    found = [inputs.find(name, raw_dir) for name in NAMES if name in options.sources]
+    found = [inputs.find(name, raw_dir) for name in sources]
     given = options.medppl_from or (raw_dir / "passages" if raw_dir else None)
     if options.medppl_from or (given and given.is_dir()):
         found.append(inputs.passages(given))

@@ -35,11 +35,13 @@ class Account:
 
 @dataclass
 class Ledger:
-    """Args:
-    accounts: By dataset.
-    examples: What some dropped rows looked like, by reason.
-    bad_rows: `file, place: reason`, all of them.
-    notes: What a user should know about this build; printed and kept in the report.
+    """What became of the rows of all datasets.
+
+    Args:
+        accounts: By dataset.
+        examples: What some dropped rows looked like, by reason.
+        bad_rows: `file, place: reason`, all of them.
+        notes: What a user should know about this build; printed and kept in the report.
     """
 
     accounts: dict[str, Account] = field(default_factory=dict)

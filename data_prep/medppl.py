@@ -19,7 +19,7 @@ from data_prep.sources import PASSAGES
 from data_prep.workspace import Workspace
 
 FEWEST_WORDS = 40  # a shorter passage says little about a model
-SPARE = 1.2  # candidates per passage wanted: some turn out to be in the pool
+SPARE = 100  # candidates drawn beyond those wanted: some turn out to be in the pool
 
 CANDIDATES = Features(
     {name: Value("string") for name in ("id", "pmid", "text", "dropped", "held_out")}
@@ -132,30 +132,37 @@ def choose(
         else:
             seen.add(texts[position])
             drawn.append(position)
-    drawn = drawn[: int(SPARE * size)]
-    for number in _in_pool(work, [table[position]["text"] for position in drawn], pool):
-        reasons[drawn[number]] = "contaminated: text of the training pool"
-    kept = [position for position in drawn if position not in reasons]
+    kept: list[int] = []
+    while drawn and len(kept) < size:
+        count = size - len(kept) + SPARE
+        taken, drawn = drawn[:count], drawn[count:]
+        texts_taken = [table[position]["text"] for position in taken]
+        stage = f"pool against passages, {len(drawn)} waiting"
+        touched = _in_pool(work, stage, texts_taken, pool)
+        reasons |= {taken[n]: "contaminated: text of the training pool" for n in touched}
+        kept += [position for n, position in enumerate(taken) if n not in touched]
     return np.array(kept[:size], dtype=np.int64), reasons
 
 
-def _in_pool(work: Workspace, passages: list[str], pool: Dataset) -> set[int]:
+def _in_pool(work: Workspace, stage: str, passages: list[str], pool: Dataset) -> set[int]:
     """Passages that share much text with the pool."""
     index = RunIndex(word_hashes(words(passage)) for passage in passages)
-    found = work.map("pool against passages", pool, _touched, TOUCHED, index=index)
+    found = work.map(stage, pool, _touched, TOUCHED, index=index)
     return {number for row in found for number in row["passages"]}
 
 
 def _touched(columns: dict, index: RunIndex) -> dict:
     texts = zip(columns["question"], columns["reference"], strict=True)
-    return {"passages": [_shared(index, f"{q} {r}") for q, r in texts]}
+    return {
+        "passages": [sorted({n for text in row for n in _shared(index, text)}) for row in texts]
+    }
 
 
 def _shared(index: RunIndex, text: str) -> list[int]:
     """Passages with half of this text in them, or half of which is in it."""
-    runs = ngrams(word_hashes(words(text)), RUN)
-    if len(runs) < FEWEST_RUNS:
+    own = ngrams(word_hashes(words(text)), RUN)
+    if len(own) < FEWEST_RUNS:
         return []
-    passages, counts = index.shared(runs)
-    smaller = np.minimum(index.sizes[passages], len(runs))
+    passages, counts = index.shared(own)
+    smaller = np.minimum(index.sizes[passages], len(own))
     return passages[counts >= COVERAGE * smaller].tolist()

@@ -25,11 +25,16 @@ from data_prep.sources import POOL
 from data_prep.splits import BRIDGE, choose, split_pool
 from data_prep.workspace import Workspace
 
+LISTED = "\n- "  # how a question that needs its options shows them
+FEWEST_WORDS = 20  # of a passage that two rows cannot share by chance
+
 PROMPTS = Features(
     {name: Value("string") for name in ("id", "question", "reference", "answer", "pmid")}
     # Why the row is not in the pool, and the held-out record it was found to be.
     | {name: Value("string") for name in ("dropped", "held_out")}
-    | {"asked": Value("uint64"), "key": Value("uint64"), "signature": Value("binary")}
+    # The question's words, those of its evidence or long explanation, and those that make it unique.
+    | {name: Value("uint64") for name in ("asked", "passage", "key")}
+    | {"signature": Value("binary")}
 )
 
 
@@ -46,26 +51,30 @@ def _prompts(columns: dict, source: str, guard: Guard) -> dict:
 
 def _prompt(record: Record, guard: Guard) -> dict:
     row = {key: None for key in PROMPTS} | {"id": record.id, "pmid": record.pmid}
-    row |= {"asked": 0, "key": 0, "question": record.question}
+    row |= {"asked": 0, "passage": 0, "key": 0, "question": record.question}
     try:
         form = convert(record)
     except Unconvertible as error:
         return row | {"dropped": f"cannot be converted: {error}"}
+    asked, answer = words(record.question), words(form.answer)
+    listed = sorted(map(words, record.options)) if LISTED in form.question else []
+    signed = [*asked, *(word for option in listed for word in option), *answer]
+    passage = words(" ".join(record.context) or record.explanation)
+    row |= {
+        "question": form.question,
+        "reference": form.reference,
+        "answer": form.answer,
+        "asked": exact_key(asked),
+        "passage": exact_key(passage) if len(passage) >= FEWEST_WORDS else 0,
+        "key": exact_key(asked, *listed, answer),
+        "signature": min_hash(shingles(word_hashes(signed))).hashvalues.astype(np.uint32).tobytes(),
+    }
     leak = guard.leak(
         HeldOut(record.id, record.question, record.options, (form.reference,), record.pmid)
     )
     if leak:
         return row | {"dropped": f"contaminated: {leak.stage}", "held_out": leak.held_out_id}
-    asked, answer = words(record.question), words(form.answer)
-    signature = min_hash(shingles(word_hashes(asked + answer))).hashvalues
-    return row | {
-        "question": form.question,
-        "reference": form.reference,
-        "answer": form.answer,
-        "asked": exact_key(asked),
-        "key": exact_key(words(form.question), answer),
-        "signature": signature.astype(np.uint32).tobytes(),
-    }
+    return row
 
 
 def write(
@@ -85,7 +94,7 @@ def write(
     for part in parts:
         mine = np.sort(part.rows(POOL))
         table = prepare(work, part.name, part.table.select(mine), guard)
-        usable = _drop_unusable(table, part, mine, ledger)
+        usable = _drop_unconvertible(table, part, mine, ledger)
         tables.append(table.select(usable))
         rows.append(mine[usable])
     owners = np.repeat(np.arange(len(parts)), [len(mine) for mine in rows])
@@ -97,7 +106,12 @@ def write(
     for name, positions in chosen.items():
         fates[positions] = f"kept: {name}"
         output.write(f"processed/{name}.jsonl", _lines(table, positions))
-    in_pool = np.flatnonzero((fates == "") | np.char.startswith(fates.astype(str), "kept"))
+        if not len(positions):
+            ledger.notes.append(f"processed/{name}.jsonl is missing: no prompt is left for it.")
+    usable = int((split >= 0).sum())
+    if size is not None and size > usable:
+        ledger.notes.append(f"--size asks for {size} prompts; the pool has {usable}.")
+    in_pool = np.flatnonzero(split >= 0)
     fates[fates == ""] = "left out: --size asks for fewer"
     for number, (part, mine) in enumerate(zip(parts, rows, strict=True)):
         for fate in sorted(set(fates[owners == number])):
@@ -106,44 +120,49 @@ def write(
     return table.select(in_pool), dict(zip([p.name for p in parts], used.tolist(), strict=True))
 
 
-def _drop_unusable(table: Dataset, part: Part, rows: np.ndarray, ledger: Ledger) -> np.ndarray:
-    """Decide the rows that `prepare` found no use for; returns the positions of the others."""
-    reasons = table["dropped"][:]
-    for position, reason in enumerate(reasons):
-        if reason:
+def _drop_unconvertible(table: Dataset, part: Part, rows: np.ndarray, ledger: Ledger) -> np.ndarray:
+    """Decide the rows that have no long form; returns the positions of the others."""
+    texts = table["reference"][:]
+    for position, text in enumerate(texts):
+        if text is None:
             row = table[position]
-            part.account.decide([rows[position]], f"dropped: {reason}")
-            shown = {key: row[key] for key in ("id", "question", "held_out") if row[key]}
-            ledger.example(reason, **shown)
-    return np.array([n for n, reason in enumerate(reasons) if not reason], dtype=np.int64)
+            part.account.decide([rows[position]], f"dropped: {row['dropped']}")
+            ledger.example(row["dropped"], id=row["id"], question=row["question"])
+    return np.array([n for n, text in enumerate(texts) if text is not None], dtype=np.int64)
 
 
 def _arrange(
     table: Dataset, owners: np.ndarray, keys: np.ndarray, ledger: Ledger
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find duplicates, and give every other row its part.
+    """Draw the parts, and find what must not be in any.
+
+    Contaminated rows take part in the draw, so that what a further dataset holds out moves no other row.
 
     Returns:
         (rows,) fates, "" where a row is usable; and (rows,) parts, -1 where it is not.
     """
     columns = table.with_format("numpy")
-    signatures = _signatures(table)
-    pmids = table["pmid"][:]
-    same_abstract = np.array([exact_key([p]) if p else 0 for p in pmids], dtype=np.uint64)
-    found = find_duplicates(columns["key"][:], signatures, [columns["asked"][:], same_abstract])
-    fates = np.full(len(table), "", dtype=object)
-    for kind, rows in (("exact", found.exact), ("near", found.near)):
-        again = np.flatnonzero(rows >= 0)
-        fates[again] = f"dropped: duplicate: {kind}"
-        for row in again[:3].tolist():
-            first = table[int(rows[row])]
-            shown = {"repeats": first["id"], "its question": first["question"]}
-            ledger.example(
-                f"duplicate: {kind}", id=table[row]["id"], question=table[row]["question"], **shown
-            )
+    same_abstract = np.array([exact_key([p]) if p else 0 for p in table["pmid"][:]], np.uint64)
+    groups = [columns["asked"][:], columns["passage"][:], same_abstract]
+    found = find_duplicates(columns["key"][:], _signatures(table), groups)
     split = split_pool(owners, keys, found.pairs)
-    bridges = (split == BRIDGE) & (fates == "")
-    fates[bridges] = "dropped: duplicate: alike to rows of two parts"
+    fates = np.full(len(table), "", dtype=object)
+    for row, reason in enumerate(table["dropped"][:]):
+        if reason:
+            fates[row] = f"dropped: {reason}"
+            shown = table[row]
+            held_out = shown["held_out"]
+            ledger.example(reason, id=shown["id"], question=shown["question"], held_out=held_out)
+    for kind, first in (("exact", found.exact), ("near", found.near)):
+        for row in np.flatnonzero((first >= 0) & (fates == "")).tolist():
+            fates[row] = f"dropped: duplicate: {kind}"
+            ledger.example(
+                f"duplicate: {kind}",
+                id=table[row]["id"],
+                question=table[row]["question"],
+                repeats=table[int(first[row])]["id"],
+            )
+    fates[(split == BRIDGE) & (fates == "")] = "dropped: duplicate: alike to rows of two parts"
     return fates, np.where(fates == "", split, BRIDGE)
 
 

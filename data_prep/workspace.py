@@ -3,6 +3,7 @@
 A workspace belongs to one build: the same inputs, settings and code. For any other it starts empty.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
+from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 
 CHUNK = 1000  # rows
@@ -20,18 +22,39 @@ FEWEST_PER_PROCESS = 2000  # below it, starting processes costs more than it sav
 
 
 class Workspace:
-    """Args:
-    folder: Made if need be; emptied if another build left it.
-    key: Stands for everything the tables depend on.
-    jobs: Processes for `map`.
+    """The tables of one build, in a folder that no other build may use meanwhile.
+
+    Args:
+        folder: Made if need be; emptied if another build left it.
+        key: Stands for everything the tables depend on.
+        jobs: Processes for `map`.
+
+    Raises:
+        UserError: the folder is not a build's, or another build is using it.
     """
 
     def __init__(self, folder: Path, key: str, jobs: int):
         self.folder, self.jobs = folder, jobs
         marker = folder / "key"
-        if folder.exists() and not (marker.is_file() and marker.read_text() == key):
-            shutil.rmtree(folder)
-        self.resumed = folder.exists()
+        self.resumed = marker.is_file() and marker.read_text(encoding="utf-8") == key
+        if folder.exists() and any(folder.iterdir()) and not marker.is_file():
+            raise UserError(
+                f"{folder} is in the way: it was not made by a data build. Move it, or give another --out."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent}: another build is writing there; let it finish"
+            ) from error
+        if not self.resumed:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
         write_text(marker, key)
 
     def table(self, stage: str, rows: Callable[[], Iterator[dict]], features: Features) -> Dataset:
@@ -63,6 +86,8 @@ class Workspace:
         **given,
     ) -> Dataset:
         """`function(columns of some rows, **given) -> columns`, in parallel, computed once."""
+        if not len(table):  # map would give back the columns it was given
+            return Dataset(pa.Table.from_pylist([], features.arrow_schema))
         parallel = self.jobs > 1 and len(table) >= FEWEST_PER_PROCESS
         return table.map(
             partial(_typed, function=function, schema=features.arrow_schema),
@@ -82,6 +107,7 @@ class Workspace:
     def close(self) -> None:
         """Remove the tables: the build is complete."""
         shutil.rmtree(self.folder)
+        self._lock.close()
 
 
 def _typed(columns: dict, *, function: Callable, schema: pa.Schema, **given) -> pa.Table:

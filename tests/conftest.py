@@ -5,6 +5,7 @@ Nothing here reaches the network: the hub is switched off for the tests and the 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,20 @@ def launch_words(*arguments, config: str = "cpu.yaml") -> list[str]:
 
 def launch(*arguments, config: str = "cpu.yaml", **kwargs) -> subprocess.CompletedProcess:
     return run_command(*launch_words(*arguments, config=config), **kwargs)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A copy of the packaged sample's releases, to change."""
+    return shutil.copytree(ROOT / "data_prep/sample/raw", tmp_path / "raw")
+
+
+@pytest.fixture(scope="session")
+def sample_build(tmp_path_factory):
+    """A build of the packaged sample, and its report."""
+    from data_builds import build
+
+    out = tmp_path_factory.mktemp("sample")
+    code, report = build(out, "--sample")
+    assert code == 0
+    return out, report

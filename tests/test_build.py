@@ -1,59 +1,21 @@
-"""The data build as a user runs it: nothing lost, nothing leaked, nothing half-written."""
+"""The data build as a user runs it: nothing lost, nothing leaked, everything the same again."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from conftest import ROOT
+from data_builds import PARTS, SAMPLE, append, build, rows
 
-from data_prep.build import main
 from data_prep.schema import parse_id
 from medistill_trl.data import read_prompts
 
-SAMPLE = ROOT / "data_prep/sample"
 REAL = ROOT.parent / "shared/data"
 LEAKS = "contaminated_by_stage"
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def append(path, *records):
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            line = record if isinstance(record, str) else json.dumps(record)
-            file.write(f"{line}\n")
-
-
-def build(out, *options):
-    """Exit code and report."""
-    code = main(["--out", str(out), "--jobs", "1", *map(str, options)])
-    report = out / "build_report.json"
-    return code, json.loads(report.read_text()) if report.exists() else None
-
-
-@pytest.fixture
-def raw(tmp_path):
-    return shutil.copytree(SAMPLE / "raw", tmp_path / "raw")
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sample")
-    code, report = build(out, "--sample")
-    assert code == 0
-    return out, report
-
-
-def test_every_row_has_exactly_one_fate(sample):
-    _, report = sample
+def test_every_row_has_exactly_one_fate(sample_build):
+    _, report = sample_build
     for source in report["sources"].values():
         columns = ("kept", "contaminated", "duplicate", "not convertible", "left out", "invalid")
         assert source["read"] == sum(source[name] for name in (*columns, "other reasons"))
@@ -67,8 +29,8 @@ def test_every_row_has_exactly_one_fate(sample):
 PASSAGES = {p.parent.name: p for p in (SAMPLE / "raw/passages").glob("*.jsonl")}
 
 
-def test_the_same_build_gives_the_same_bytes(sample, tmp_path):
-    out, report = sample
+def test_the_same_build_gives_the_same_bytes(sample_build, tmp_path):
+    out, report = sample_build
     code, again = build(tmp_path, "--sample", "--jobs", "2")
     assert code == 0
     assert again == report
@@ -80,8 +42,8 @@ def test_the_same_build_gives_the_same_bytes(sample, tmp_path):
     assert ".build" not in left
 
 
-def test_another_seed_gives_another_split_of_the_same_rows(sample, tmp_path):
-    out, _ = sample
+def test_another_seed_gives_another_split_of_the_same_rows(sample_build, tmp_path):
+    out, _ = sample_build
     build(tmp_path, "--sample", "--seed", "1")
     ids = [
         {s: {r["id"] for r in rows(o / f"processed/{s}.jsonl")} for s in PARTS}
@@ -91,11 +53,8 @@ def test_another_seed_gives_another_split_of_the_same_rows(sample, tmp_path):
     assert set().union(*ids[0].values()) == set().union(*ids[1].values())
 
 
-PARTS = ("train", "validation", "test")
-
-
-def test_prompts_keep_the_contract_and_nothing_is_in_two_places(sample):
-    out, _ = sample
+def test_prompts_keep_the_contract_and_nothing_is_in_two_places(sample_build):
+    out, _ = sample_build
     seen = {}
     for part in PARTS:
         prompts, report = read_prompts(str(out / f"processed/{part}.jsonl"), "fail")
@@ -115,8 +74,8 @@ def test_prompts_keep_the_contract_and_nothing_is_in_two_places(sample):
         assert not seen.keys() & {row["id"] for row in rows(path)}, path
 
 
-def test_no_option_letter_is_in_any_prompt(sample):
-    out, _ = sample
+def test_no_option_letter_is_in_any_prompt(sample_build):
+    out, _ = sample_build
     letter = re.compile(
         r"\b(?:ans(?:wer)?|option|choice)s?\W{0,3}(?:is\W+)?[\"'(]*[A-Ea-e]\b(?!\w)|\([a-eA-E]\)"
     )
@@ -128,8 +87,8 @@ def test_no_option_letter_is_in_any_prompt(sample):
                 assert "\n- " in row["question"], row
 
 
-def test_benchmarks_are_complete_and_few_shot_examples_are_not_theirs(sample):
-    out, _ = sample
+def test_benchmarks_are_complete_and_few_shot_examples_are_not_theirs(sample_build):
+    out, _ = sample_build
     for name in ("medqa", "medmcqa", "pubmedqa", "pubhealth", "pubhealth_2class"):
         benchmark = rows(out / f"benchmarks/{name}.jsonl")
         examples = rows(out / f"benchmarks/few_shot/{name}.jsonl")
@@ -149,8 +108,8 @@ def test_benchmarks_are_complete_and_few_shot_examples_are_not_theirs(sample):
     assert all(four[r["id"]]["answer"] == r["answer"] for r in two)
 
 
-def test_fidelitybench_has_evidence_and_derived_labels(sample):
-    out, _ = sample
+def test_fidelitybench_has_evidence_and_derived_labels(sample_build):
+    out, _ = sample_build
     prompts = rows(out / "fidelitybench_med.jsonl")
     labels = set()
     for prompt in prompts:
@@ -187,7 +146,7 @@ def test_planted_leaks_are_all_caught_and_named(raw, tmp_path):
     code, report = build(tmp_path / "out", "--raw_dir", raw)
     assert code == 0
     medqa = report["sources"]["medqa"][LEAKS]
-    assert medqa["same question"] == 2
+    assert medqa["same question and options"] == 2
     assert medqa["13-gram coverage"] + medqa["near duplicate (MinHash)"] == 1
     assert report["sources"]["pubmedqa"][LEAKS]["same PubMed id"] == 1
     named = {
@@ -242,57 +201,6 @@ def test_passages_with_text_of_the_pool_or_a_benchmark_are_left_out(raw, tmp_pat
         assert told in reasons, told
 
 
-BAD_ROWS = {
-    "not JSON": "{broken",
-    "must be an object": "[1]",
-    "question must be a text": {"question": 5},
-    "NUL": {"question": "a\0b"},
-    "cop is 9": {"cop": 9},
-    "question is empty": {"question": "  "},
-    "1,000,000 characters": {"question": "x" * 10**6},
-}
-
-
-def test_bad_rows_stop_the_build_named_by_file_and_line_or_are_skipped(raw, tmp_path, capsys):
-    path = raw / "medmcqa/train.jsonl"
-    good = rows(path)
-    bad = [
-        b if isinstance(b, str) else good[0] | {"id": f"bad{n}"} | b
-        for n, b in enumerate(BAD_ROWS.values())
-    ]
-    append(path, *bad)
-    out = tmp_path / "out"
-    code, report = build(out, "--raw_dir", raw)
-    told = capsys.readouterr().err
-    assert code == 2
-    assert report is None
-    assert not (out / "processed").exists()
-    for number, reason in enumerate(BAD_ROWS, start=len(good) + 1):
-        assert re.search(rf"medmcqa/train.jsonl, line {number}: .*{reason}", told), reason
-    assert "--on_bad_row skip" in told
-    assert "Traceback" not in told
-
-    code, report = build(out, "--raw_dir", raw, "--on_bad_row", "skip")
-    assert code == 0
-    assert len(report["bad_rows"]) == len(BAD_ROWS)
-    assert report["sources"]["medmcqa"]["invalid"] == len(BAD_ROWS)
-    assert report["sources"]["medmcqa"]["read"] == 44 + len(BAD_ROWS)
-
-
-def test_an_id_that_comes_twice_is_named_or_a_repeat(raw, tmp_path, capsys):
-    path = raw / "medmcqa/train.jsonl"
-    first = rows(path)[0]
-    append(path, first)
-    code, report = build(tmp_path / "out", "--raw_dir", raw)
-    fates = report["sources"]["medmcqa"]["splits"]["train"]
-    assert code == 0
-    assert fates["dropped: repeats a record"] == 1
-    append(path, first | {"question": "Something else altogether?"})
-    code, _ = build(tmp_path / "other", "--raw_dir", raw)
-    assert code == 2
-    assert "already that of another record" in capsys.readouterr().err
-
-
 def test_duplicates_in_the_pool_are_dropped_and_alike_rows_share_a_part(raw, tmp_path):
     path = raw / "medqa/train.jsonl"
     first, second = rows(path)[:2]
@@ -312,17 +220,69 @@ def test_duplicates_in_the_pool_are_dropped_and_alike_rows_share_a_part(raw, tmp
     assert "medqa-train-again" not in part_of
 
 
-def test_adding_a_source_moves_nothing(tmp_path):
-    build(tmp_path / "two", "--sample", "--sources", "medqa", "medmcqa")
-    build(tmp_path / "four", "--sample")
+def test_adding_a_source_moves_nothing(raw, tmp_path):
+    """Also where it holds out a row that was kept before: the others stay where they are."""
+    before = tmp_path / "before"
+    build(before, "--raw_dir", raw, "--sources", "medmcqa", "medqa")
+    taken = rows(before / "processed/validation.jsonl")[0]
+    article = f"{taken['question']} {taken['reference']}"
+    held_out = rows(raw / "pubhealth/test.jsonl")[0]
+    append(raw / "pubhealth/test.jsonl", held_out | {"claim_id": "quoting", "main_text": article})
+    build(tmp_path / "after", "--raw_dir", raw)
+    lost = []
     for part in PARTS:
-        before = rows(tmp_path / f"two/processed/{part}.jsonl")
-        after = rows(tmp_path / f"four/processed/{part}.jsonl")
-        assert [r for r in after if r["source"] in ("medqa", "medmcqa")] == before
+        after = {r["id"]: r for r in rows(tmp_path / f"after/processed/{part}.jsonl")}
+        for row in rows(before / f"processed/{part}.jsonl"):
+            lost += [row["id"]] if row["id"] not in after else []
+            assert after.get(row["id"], row) == row
+    assert lost == [taken["id"]]
 
 
-def test_size_takes_a_subset_in_the_same_order(sample, tmp_path):
-    out, _ = sample
+def test_text_of_a_benchmarks_explanation_is_not_trained_on(raw, tmp_path):
+    held_out = rows(raw / "pubhealth/test.jsonl")[1]
+    append(
+        raw / "pubhealth/train.jsonl",
+        held_out | {"claim_id": "quoting", "claim": "Something quite different was said."},
+    )
+    _, report = build(tmp_path, "--raw_dir", raw)
+    assert report["sources"]["pubhealth"][LEAKS]["13-gram coverage"] == 1
+
+
+def test_rows_of_one_article_share_a_part(raw, tmp_path):
+    path = raw / "pubhealth/train.jsonl"
+    first = rows(path)[0]
+    for n in range(12):
+        told = " ".join(f"fact{n}{k} was found" for k in range(12))
+        for k in range(3):
+            claim = f"Claim {k} {'abc'[k] * 7} about matter {n}."
+            append(path, first | {"claim_id": f"{n}x{k}", "claim": claim, "main_text": told})
+    build(tmp_path, "--raw_dir", raw)
+    part_of = {r["id"]: part for part in PARTS for r in rows(tmp_path / f"processed/{part}.jsonl")}
+    articles = [
+        {part_of[f"pubhealth-train-{n}x{k}"] for k in range(3)}
+        for n in range(12)
+        if f"pubhealth-train-{n}x0" in part_of
+    ]
+    assert len(articles) == 12
+    assert all(len(parts) == 1 for parts in articles)
+
+
+def test_medppl_is_filled_in_rounds(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.medppl.SPARE", 1)
+    texts = [row["explanation"] for row in rows(raw / "pubhealth/train.jsonl")]
+    for n, text in enumerate(texts * 4):
+        append(
+            raw / "passages/passages.jsonl", {"id": f"pool{n}", "text": f"{text} {text} round {n}"}
+        )
+    _, report = build(tmp_path, "--raw_dir", raw, "--medppl_size", "20")
+    kept = rows(tmp_path / "medppl_10k.jsonl")
+    assert len(kept) == 20
+    assert not any("-pool" in row["id"] for row in kept)
+    assert not any("MedPPL" in note for note in report["notes"])
+
+
+def test_size_takes_a_subset_in_the_same_order(sample_build, tmp_path):
+    out, _ = sample_build
     code, report = build(tmp_path, "--sample", "--size", "20")
     assert code == 0
     sizes = [report["files"][f"processed/{part}.jsonl"]["rows"] for part in PARTS]
@@ -331,77 +291,6 @@ def test_size_takes_a_subset_in_the_same_order(sample, tmp_path):
         taken = rows(tmp_path / f"processed/{part}.jsonl")
         assert taken == rows(out / f"processed/{part}.jsonl")[: len(taken)]
     assert sum(s["left out"] for s in report["sources"].values()) >= 72 - 20
-
-
-def test_a_missing_split_is_stood_in_for_and_said(raw, tmp_path, capsys):
-    (raw / "pubhealth/test.jsonl").unlink()
-    code, report = build(tmp_path / "out", "--raw_dir", raw)
-    assert code == 0
-    assert any("pubhealth: there is no test split" in note for note in report["notes"])
-    assert "Do not report scores" in capsys.readouterr().out
-    assert all(
-        r["split"] == "validation" for r in rows(tmp_path / "out/benchmarks/pubhealth.jsonl")
-    )
-
-
-def test_a_file_of_an_earlier_build_does_not_stay(raw, tmp_path):
-    out = tmp_path / "out"
-    build(out, "--raw_dir", raw)
-    assert (out / "medppl_10k.jsonl").exists()
-    shutil.rmtree(raw / "passages")
-    build(out, "--raw_dir", raw)
-    assert not (out / "medppl_10k.jsonl").exists()
-
-
-def test_a_killed_build_leaves_no_half_file_and_goes_on(tmp_path, sample):
-    _out, report = sample
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.build",
-        "--sample",
-        "--jobs",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    table = tmp_path / ".build" / "pubmedqa check.arrow"
-    deadline = time.monotonic() + 60
-    while not table.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [p.name for p in tmp_path.iterdir()] == [".build"]
-    stamp = os.stat(table).st_mtime_ns
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "continuing the build that was interrupted" in again.stdout
-    assert json.loads((tmp_path / "build_report.json").read_text()) == report
-    assert stamp  # the table was there to be used; the same report came of it
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--raw_dir", "nowhere"], "--raw_dir DIR wants"),
-        (["--raw_dir", "."], "no such folder"),
-    ],
-)
-def test_what_cannot_be_found_is_said_in_a_sentence(tmp_path, capsys, monkeypatch, options, told):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--out", "out", *options]) == 2
-    error = capsys.readouterr().err
-    assert told in error
-    assert "Traceback" not in error
-
-
-@pytest.mark.parametrize("size", ["0", "-5", "12x", "k", "1e3", ""])
-def test_a_size_that_is_none_is_refused(size, capsys):
-    with pytest.raises(SystemExit):
-        main(["--out", "x", "--sample", "--size", size])
-    assert "120k" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real development rows are not here")
