@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Dataset, Features, concatenate_datasets
 from tqdm.auto import tqdm
 
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 
-CHUNK = 1000  # rows
+CHUNK = 1000  # rows worked on together
+SLICE = 50_000  # rows between two points to go on from
 FEWEST_PER_PROCESS = 2000  # below it, starting processes costs more than it saves
 
 
@@ -85,9 +86,24 @@ class Workspace:
         features: Features,
         **given,
     ) -> Dataset:
-        """`function(columns of some rows, **given) -> columns`, in parallel, computed once."""
-        if not len(table):  # map would give back the columns it was given
+        """`function(columns of some rows, **given) -> columns`, in parallel, computed once.
+
+        A slice at a time: a process keeps the pages of the file it has read, and an interruption costs
+        one slice.
+        """
+        starts = range(0, len(table), SLICE)
+        if not starts:  # map would give back the columns it was given
             return Dataset(pa.Table.from_pylist([], features.arrow_schema))
+        slices = []
+        for number, start in enumerate(starts, start=1):
+            rows = table.select(range(start, min(start + SLICE, len(table))))
+            name = f"{stage} ({number} of {len(starts)})" if len(starts) > 1 else stage
+            slices.append(self._map_slice(name, rows, function, features, given))
+        return concatenate_datasets(slices)
+
+    def _map_slice(
+        self, name: str, table: Dataset, function: Callable, features: Features, given: dict
+    ) -> Dataset:
         parallel = self.jobs > 1 and len(table) >= FEWEST_PER_PROCESS
         return table.map(
             partial(_typed, function=function, schema=features.arrow_schema),
@@ -98,10 +114,10 @@ class Workspace:
             remove_columns=table.column_names,
             fn_kwargs=given,
             # Ours decide what is reused: the key above covers all that the function's result rests on.
-            cache_file_name=str(self.folder / f"{stage}.arrow"),
-            new_fingerprint=stage,
+            cache_file_name=str(self.folder / f"{name}.arrow"),
+            new_fingerprint=name,
             load_from_cache_file=True,
-            desc=stage,
+            desc=name,
         )
 
     def close(self) -> None:
