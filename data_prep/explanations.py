@@ -12,7 +12,7 @@ from data_prep.letters import find_letter_leak
 
 KEY = re.compile(
     r"\A\W*(?:(?:correct\s+|the\s+)*(?:ans(?:wer)?s?|correct\s+option)\b(?:\s+key)?(?:\s+is)?[\s.:=,–—-]*(?:option\s+)?"
-    r"(?:['‘\"“(\[]+\s*[A-Ea-e1-5]\s*['’\"”)\]]+|(?:[A-Ea-e]|[1-5](?=[.):]\D))(?=[\s.:),;\]'’\"”–-]|\Z))?"
+    r"(?:['‘\"“(\[]+\s*[A-Ea-e1-5]\s*['’\"”)\]]+|(?:[A-Ea-e]|[1-5](?=[.):]\D|[.):]?\s*(?:\Z|\n|(?-i:[A-Z]))))(?=[\s.:),;\]'’\"”–-]|\Z))?"
     r"|['‘\"“(\[]?[A-Ea-e]['’\"”)\]]?\W{0,3}(?=i\.?\s?e\b)|[(\[]?[A-Ea-e][.)\]]\s*(?=[A-Z0-9]))"
     r"[\s.:)\]'’\"”,–-]*(?:i\.?\s?e\b[.,\s]*)?",
     re.I,
@@ -30,9 +30,17 @@ REFERENCE_NOTES = [
 ]  # fmt: skip
 MARKER = re.compile(r"(?<![\w)\]])\(?[A-Ha-h]\)\s*")
 FIRST_MARKER, SECOND_MARKER = (re.compile(rf"(?<![\w)\]])\(?{x}\)", re.I) for x in "ab")
-LINE_LETTER = re.compile(r"(?m)^\s*[A-Ha-h]\.\s+(?=[A-Z])")
+# "(b) is wrong", "both (a) and (c)": the marker is a part of the sentence, not of a list.
+POINTING = re.compile(
+    r"(?:(?<![\w)\]])\(|\A)[A-Ha-h]\)\s*(?:(?:is|are|was|has|can|and|or|nor|but|both|only|alone|stands)\b|[,&./]|\Z)"
+    r"|\b(?:both|only|neither|either|hence|therefore)\s+\(?[A-Ha-h]\)",
+    re.I,
+)
+LINE_LETTER = re.compile(r"(?m)(?:^\s*[A-Ha-h]|(?<=[.!?] )[a-e])\.\s+(?=[A-Z])")
 GLUED_SENTENCES = re.compile(r"(?<=[a-z)]{2}\.)(?=[A-Z][a-z])")
-SENTENCES = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z\"“(*'\[])|\n+")
+SENTENCES = re.compile(
+    r"(?<=[.!?])(?<!\bans\.)(?<!Ans\.)(?<!\bopt\.)(?<!Opt\.)(?<!Sol\.)(?<!i\.e\.)[ \t]+(?=[A-Z\"“(*'\[])|\n+"
+)
 ABOUT_THE_EXAM = re.compile(
     r"\bRef(?:i|s|erences?)?\b\s*[.:]|\bRefi\b"
     r"|\b(?:in|of) (?:this|the(?: above| given)?) (?:question|mcq)\b|\bkey concept\s*:|\bbest (?:option|answer|choice) (?:is|would|among|here)\b"
@@ -61,6 +69,8 @@ def clean_explanation(explanation: str, answer: str, options: tuple[str, ...] = 
     for note in REFERENCE_NOTES:
         text = note.sub(" ", text)
     text = EXPLANATION_WORD.sub("", text.lstrip(" .:;,"))
+    if ")" in text:
+        text = "".join(piece for piece in _pieces(text) if not POINTING.search(piece.strip()))
     if (first := FIRST_MARKER.search(text)) and SECOND_MARKER.search(text, first.end()):
         text = MARKER.sub(" ", text)
     text = LINE_LETTER.sub("", text)
