@@ -85,7 +85,11 @@ def test_numbers_of_the_case_stay():
     ("options", "answer", "text"),
     [
         (("Fever", "Rash", "Both A and B", "Cough"), 2, "Both Fever and Rash"),
-        (("Fever", "Rash", "Cough", "A and C"), 3, "Fever and Cough"),
+        (("Fever", "Rash", "Cough", "A and C both"), 3, "Both Fever and Cough"),
+        (("Fever", "Rash", "Cough", "A & C only"), 3, "Fever and Cough"),
+        (("Fever", "Rash", "Cough", "A and C of the above"), 3, "Fever and Cough"),
+        (("Fever", "Rash", "Cough", "Choices A, B"), 3, "Fever and Rash"),
+        (("Fever", "Rash", "Cough", "Only B"), 3, "Rash only"),
         (("Fever", "Rash", "Cough", "Both option 2 and 3"), 3, "Both Rash and Cough"),
         (("Fever", "Rash", "Both", "None of the above"), 2, "Both Fever and Rash"),
         (("Fever", "Rash", "Cough", "All of the above."), 3, "All of these"),
@@ -97,6 +101,53 @@ def test_options_about_options_are_resolved(options, answer, text):
     assert long_form.answer == text
     assert long_form.reference == f"{text}."
     assert f"- {text}" in long_form.question
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (("Folic acid", "Niacin", "Thiamine", "A and C"), 3),
+        (("B and O", "AB and O", "O alone", "A and B"), 3),
+        (("Parainfluenza virus", "Adenovirus", "Rhinovirus", "A, B"), 3),
+        (("Hepatitis B", "Hepatitis C", "Hepatitis D", "Both B and C"), 3),
+        (("Fever", "Rash", "Cough", "1 and 2"), 3),
+        (("Fever", "Rash", "Cough", "abd"), 3),
+        (("A and D", "A and E", "D and E", "B and C"), 0),
+        (("ac", "abd", "bc", "bd"), 1),
+    ],
+)
+def test_letters_that_may_be_names_are_neither_resolved_nor_kept(options, answer):
+    with pytest.raises(Unconvertible, match="option may refer to other options"):
+        convert(record("It is known for", options, answer))
+
+
+def test_letters_of_statements_in_the_stem_are_not_those_of_options():
+    stem = "Two findings: (a) fever (b) rash. It presents with"
+    with pytest.raises(Unconvertible):
+        convert(record(stem, ("Cough", "Cramps", "Colic", "Both A and B"), 3))
+
+
+def test_an_option_that_may_refer_to_others_is_not_listed():
+    options = ("Folic acid", "Niacin", "Thiamine", "A and C")
+    question = convert(record("All of these dissolve in water except", options, 0)).question
+    assert "- Niacin\n- Thiamine\n" in question
+    assert "A and C" not in question
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("1/2", "1/4", "Nil risk", "Certain risk"),
+        ("2,5", "3,5", "1,5", "1,4"),
+        ("10-20", "20-30", "1-2", "2-5"),
+        ("1 and 2", "2 and 3", "3 and 4", "4 and 5"),
+        ("1, 2", "1, 3", "2, 4", "All of the above"),
+        ("1", "2", "3", "4"),
+        ("A/B", "Lower", "Higher", "Equal"),
+    ],
+)
+def test_numbers_are_never_references(options):
+    assert convert(record("The value is", options, 0)).answer == options[0]
 
 
 def test_codes_are_resolved_by_the_statements_in_the_stem():
@@ -121,7 +172,7 @@ def test_codes_are_resolved_by_the_statements_in_the_stem():
 def test_what_cannot_stand_alone_is_refused_with_its_reason(stem, options, reason):
     with pytest.raises(Unconvertible) as refused:
         convert(record(stem, options))
-    assert refused.value.reason == reason
+    assert str(refused.value) == reason
 
 
 @pytest.mark.parametrize(
@@ -166,6 +217,15 @@ def test_the_key_and_the_restated_answer_are_cut(opening):
         ("Two steps: (a) binding and (b) block.", "Two steps: binding and block."),
         ("Both A and B are wrong. It blocks channels.", "It blocks channels."),
         ("Answer: A 45-year-old may take it.", "Answer: A 45-year-old may take it."),
+        ("Both (a) and (b) are seen. It blocks channels.", "It blocks channels."),
+        ("(a) is wrong. (b) is right. It blocks channels.", "It blocks channels."),
+        (
+            "HLA antigens (A, B and C) are found on cells.",
+            "HLA antigens (A, B and C) are found on cells.",
+        ),
+        ("It blocks channels. d. Because it binds.", "It blocks channels. Because it binds."),
+        ("It blocks channels. Ans. B. It binds.", "It blocks channels. It binds."),
+        ("Ans 2 Carbamazepine", ""),
         ("Ans. b", ""),
         ("Ans: B. Carbamazepine", ""),
     ],
@@ -188,16 +248,27 @@ def test_an_explanation_that_still_leaks_is_given_up_and_the_record_is_kept(monk
         "A 45-year-old man", "Lp(a)", "phase I", "grade A evidence", "protein C deficiency", "T cells",
         "(hepatitis A and B)", "E. coli and C. difficile", "the 'a' wave", "treatment options 2 weeks later",
         "blood groups A and B", "the answer is a vitamin", "A.S.D.", "treatment of choice", "1 and 2 days",
+        "vitamin C is true vitamins", "hepatitis B is right", "protein C is not correct", "factor V is key",
+        "group A streptococcus is right", "type A is wrong", "HLA-B27 is true", "hence E. coli grows",
+        "thus C. difficile", "vitamins A and C are right", "because a true aneurysm grows", "so a physician",
+        "solution: 5% dextrose", "Answer: 3.5 mg", "the answer is 2 mg", "a letter a week", "they opt a lot", "[18F]",
     ],
 )  # fmt: skip
 def test_letters_of_medicine_are_no_leaks(text):
     assert find_letter_leak(text) is None
 
 
+BARE = [
+    "@ is the answer.", "Hence @.", "Therefore, @", "Key: @", "Sol: @", "Opt. @", "option@", "[@] is right",
+    "@ is not correct", "@ is true", "@ correct.", "Letter @ stands", "i.e., @", "Both (@) and (b)", "So (@).",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text",
     ["option A is", "(b) fever", "Ans: C", "the answer is 'd'", "Hence choice C.", "Both A and B", "b) fever",
-     "a,b,d ruled out", "A. Fever", "options 2 and 3", "Correct: B", "All of the above", "Answer D."],
+     "a,b,d ruled out", "A. Fever", "options 2 and 3", "Correct: B", "All of the above", "Answer D.",
+     "It is so. D."] + [shape.replace("@", letter) for shape in BARE for letter in "ABCDabcd"],
 )  # fmt: skip
 def test_letters_of_exams_are_leaks(text):
     assert find_letter_leak(text)
@@ -242,7 +313,9 @@ LEAKY = st.builds(
     st.sampled_from(
         ["Ans. (@) Carbamazepine", "Ans: @. Carbamazepine", "Answer- @. Aspirin", "(@) 50-60 mg is given.",
          "Option @ is incorrect.", "Hence choice @.", "Ans. is '@' i.e., Carbamazepine.", "So option @ it is.",
-         "The correct answer is @.", "Both A and @ are wrong.", "\n@) Second point", "answer: @"]
+         "The correct answer is @.", "Both A and @ are wrong.", "\n@) Second point", "answer: @",
+         "Ans 2", "Answer- 3", "It binds. @. Because it does."]
+        + [shape if shape.endswith(".") else f"{shape}." for shape in BARE]
     ),
     LETTERS,
 )  # fmt: skip
@@ -251,12 +324,20 @@ MEDICINE = st.sampled_from(
         "Vitamin A is fat soluble.",
         "It blocks channels.",
         "Hepatitis B was excluded.",
+        "Hepatitis B is a virus.",
+        "Protein C is an anticoagulant.",
+        "Factor V is activated.",
+        "Group A streptococcus is of type A.",
+        "A 45-year-old man has HLA-B27.",
+        "T cells and B cells are counted.",
         "Dose 5 mg/kg.",
     ]
 )
 # Written apart from the gate: what a reader would call an option letter.
 POINTER = re.compile(
-    r"\b(?:option|choice)s?\s+['(]?[A-Da-d]\b|\bans(?:wer)?\b[\s.:-]*(?:is\s*)?['(]?[A-Da-d]\b|(?:^|\s)\(?[A-Da-d]\)|both A and",
+    r"\b(?:opt|option|choice|letter)s?\.?\s*['(]?[A-Da-d]\b|\bans(?:wer)?\b[\s.:-]*(?:is\s*)?['(]?[A-Da-d1-5]\b"
+    r"|(?:^|\s)\(?[A-Da-d]\)|both A and|both and|\[[A-D]\]|\b(?:key|sol): [A-D]|\b(?:hence|therefore,|i\.e\.,|so) \(?[A-D]\b"
+    r"|(?<!\w)[A-D] (?:is )?(?:the answer|not correct|true|correct)|(?<=\. )[b-d]\.",
     re.I,
 )
 
@@ -293,7 +374,7 @@ def test_the_same_record_gives_the_same_question(stem, explanation):
         try:
             return convert(record(stem, explanation=explanation))
         except Unconvertible as refused:
-            return refused.reason
+            return str(refused)
 
     assert outcome() == outcome()
 
