@@ -164,7 +164,8 @@ def _repair(piece: str, options: tuple[str, ...]) -> str:
         return known if 2 < len(known) < 60 else match.group()
 
     repaired = OPTION.sub(text_of, piece) if "ption" in piece or "hoice" in piece else piece
-    if find_letter_leak(repaired.strip()) or ABOUT_THE_EXAM.search(repaired):
+    alone = re.fullmatch(r"\W*[A-Ea-e]\W*", repaired)
+    if alone or find_letter_leak(repaired.strip()) or ABOUT_THE_EXAM.search(repaired):
         return "\n" if piece.endswith("\n") else ""
     return repaired
 

@@ -9,7 +9,7 @@ import re
 # "A" before a lower-case word or a number is an article: "Answer: A 45-year-old man".
 LETTER = r"(?:[B-Eb-e]\b(?!['’]s|-)|[Aa]\b(?!['’]s|-|\s+(?!is\b|are\b|was\b|and\b|or\b|can\b|stands\b)[a-z0-9]))"
 # The start of a word, also of one glued to the word before it: "CarbamazepineBoth A and B".
-START = r"(?:\b|(?<=[a-z])(?=[A-Z]))"
+START = r"(?:\b|(?<=[a-z])(?=[A-Z])|(?<=[A-E])(?=[A-Z][a-z]))"
 # Not the letter of a name: vitamin C, hepatitis B, protein C, factor V, group A, the vitamins A and C.
 NAMES = (
     "itamin",
@@ -113,7 +113,7 @@ LEAKS = [
         # It blocks channels. d. Because …; It blocks channels. D.
         (
             (". ", "? ", "! "),
-            r"(?<=[.!?]\s)(?:[a-e]\.\s+(?=[A-Z][a-z])|[B-E]\.\s+(?=(?:Because|As|Since|It|The|This|These)\b)|[A-Ea-e]\W*\Z)",
+            r"(?<=[.!?]\s)(?:[A-Ea-e]\W*\Z|[a-e]\.\s+(?=[A-Z][a-z])|[B-E]\.\s+(?=(?:Because|As|Since|It|The|This|These)\b))",
         ),
         ((" - ", " – "), r"(?:(?<=\s)|\A)[a-e]\s[-–]\s(?=[A-Z])"),
         (

@@ -143,6 +143,7 @@ def test_an_option_that_may_refer_to_others_is_not_listed():
         ("1 and 2", "2 and 3", "3 and 4", "4 and 5"),
         ("1, 2", "1, 3", "2, 4", "All of the above"),
         ("1", "2", "3", "4"),
+        ("A", "B", "AB", "O"),
         ("A/B", "Lower", "Higher", "Equal"),
     ],
 )
@@ -389,7 +390,24 @@ def test_ids_choose_among_all_the_templates_of_a_form(source):
 
 
 @pytest.mark.parametrize(
-    "piece", ["(a) ", "Ans. ", "which of the following ", "(Ref: a ", "A, ", "((", "-", "x.\n"]
+    "piece",
+    [
+        "(a) ",
+        "Ans. ",
+        "which of the following ",
+        "(Ref: a ",
+        "A, ",
+        "((",
+        "-",
+        "x.\n",
+        "hence ",
+        "A is also not ",
+        "key: ",
+        "Opt. B",
+        "[A",
+        "C. ",
+        "A and ",
+    ],
 )
 def test_a_long_text_takes_no_long_time(piece):
     text = piece * (20_000 // len(piece))
