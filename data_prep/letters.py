@@ -57,8 +57,8 @@ LEAKS = [
         # optionB, Opt. B, letter B
         (
             ("opt", "choice", "letter"),
-            rf"{START}(?i:options?|choices?)[A-Ea-e]\b|{START}[Oo]pts?(?:\s*[.:-]\s*['‘\"“(\[]?[A-Ea-e1-5]\b|\s+['‘\"“(\[]?[B-E]\b)"
-            rf"|{START}(?i:letters?)\s+['‘\"“(\[]?{LETTER}",
+            r"(?:[Oo]ptions?|[Cc]hoices?)[A-Ea-e]\b|[Oo]pts?(?:\s*[.:-]\s*['‘\"“(\[]?[A-Ea-e1-5]\b|\s+['‘\"“(\[]?[B-E]\b)"
+            rf"|[Ll]etters?\s+['‘\"“(\[]?{LETTER}",
         ),
         # Ans. (b), Ans: D. Odorants, Answer- B, answer is 'c'
         (
@@ -76,12 +76,12 @@ LEAKS = [
         # Key: b; Sol: B; Solution- (c)
         (
             ("key", "sol"),
-            rf"{START}(?i:(?:key|sol|soln|solution)\b)\s*[.:=–-]+\s*['‘\"“(\[]?[A-Ea-e1-5]['’\"”)\]]?(?=\s*(?:[.,;:]\D|[.,;:]?\s*\Z|\n)|\s+[A-Z])",
+            rf"(?=[KSks]){START}(?i:(?:key|sol|soln|solution)\b)\s*[.:=–-]+\s*['‘\"“(\[]?[A-Ea-e1-5]['’\"”)\]]?(?=\s*(?:[.,;:]\D|[.,;:]?\s*\Z|\n)|\s+[A-Z])",
         ),
         # Hence C. Therefore, (b); i.e., B (but hence E. coli)
         (
             ("hence", "therefore", "thus", "so ", "so,", " ie", "i.e", "i. e"),
-            rf"{START}(?i:hence|therefore|thus|so|ie|i\.\s?e\.?)[\s,:–-]+['‘\"“(\[]?[A-Ea-e]['’\"”)\]]?"
+            r"(?:[Hh]ence|[Tt]herefore|[Tt]hus|[Ss]o(?<!also)(?<!Also)|[Ii]\.?\s?e\.?)[\s,:–-]+['‘\"“(\[]?[A-Ea-e]['’\"”)\]]?"
             r"(?=\s*(?:\Z|[;!?\n)]|\.(?!\s?(?!ans|opt|i\.e)[a-z]|[A-Z]\.)|,?\s+(?:as|because|since)\b))",
         ),
         # [B]
@@ -92,13 +92,13 @@ LEAKS = [
         # Both A and B, only C, neither A nor B
         (
             ("both", "only", "neither", "either", "none of", "all of", "any of"),
-            rf"{START}(?i:(?:both|only|neither|either|(?:none|all|any)\s+of))\s+[A-Ea-e]\s*(?:and|&|or|nor|,|/)\s*[A-Ea-e]\b"
+            rf"(?=[BONEAbonea]){START}(?i:(?:both|only|neither|either|(?:none|all|any)\s+of))\s+[A-Ea-e]\s*(?:and|&|or|nor|,|/)\s*[A-Ea-e]\b"
             r"(?!\s*-?\s*(?:cells?|fib|vir))",
         ),
         # a,b,d ruled out; B and C are wrong
         (
             ("option", "ruled", "correct", "wrong", "true", "false", "right", "excluded"),
-            rf"(?<![>(]){UNNAMED}(?:[A-E](?:\s*(?:,|&|and)\s*[A-E])+|[a-e](?:\s*(?:,|&|and)\s*[a-e])+)\s+"
+            rf"{UNNAMED}(?<!\()(?:[A-E](?:\s*(?:,|&|and)\s*[A-E])+|[a-e](?:\s*(?:,|&|and)\s*[a-e])+)\s+"
             r"(?:options?\b|ruled\b"
             r"|(?:is|are)\s+(?:also\s+)?(?:not\s+)?(?:correct|incorrect|wrong|true|false|right|ruled|excluded))",
         ),
@@ -113,7 +113,7 @@ LEAKS = [
         # It blocks channels. d. Because …; It blocks channels. D.
         (
             (". ", "? ", "! "),
-            r"(?<=[.!?]\s)(?:[A-Ea-e]\W*\Z|[a-e]\.\s+(?=[A-Z][a-z])|[B-E]\.\s+(?=(?:Because|As|Since|It|The|This|These)\b))",
+            r"[.!?]\s(?:[A-Ea-e]\W*\Z|[a-e]\.\s+(?=[A-Z][a-z])|[B-E]\.\s+(?=(?:Because|As|Since|It|The|This|These)\b))",
         ),
         ((" - ", " – "), r"(?:(?<=\s)|\A)[a-e]\s[-–]\s(?=[A-Z])"),
         (
