@@ -14,13 +14,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -29,9 +28,11 @@ from medistill_trl.checkpoints import Totals
 from medistill_trl.losses import divergences
 from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
 from medistill_trl.methods import Method
-from medistill_trl.prompts import IGNORED, PromptFormat, encode_pair
+from medistill_trl.pairs import PairCollator, encode_completion_pair
+from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.setting import Setting
 from medistill_trl.teacher import (
     Completion,
@@ -107,37 +108,6 @@ class LogitKDConfig(GKDConfig):
         return divergences.by_name(self.divergence, **({"skew": self.skew} if skewed else {}))
 
 
-class PairCollator:
-    """Pads encoded pairs on the right; leaves rows that still await a completion as they are.
-
-    Args:
-        pad_token_id: Of the vocabulary the models share.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.padding = {
-            "input_ids": pad_token_id,
-            "labels": IGNORED,
-            "teacher_input_ids": pad_token_id,
-            "teacher_labels": IGNORED,
-            "compared": 0,
-        }
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        if "example" in rows[0]:
-            return rows
-        batch = {
-            name: pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
-            for name, value in self.padding.items()
-        }
-        for side in ("", "teacher_"):
-            lengths = torch.tensor([len(row[f"{side}input_ids"]) for row in rows])
-            time = torch.arange(batch[f"{side}input_ids"].shape[1])
-            batch[f"{side}attention_mask"] = (time < lengths[:, None]).long()
-        batch["on_policy"] = torch.tensor([row.get("on_policy", False) for row in rows])
-        return batch
-
-
 class LogitKDTrainer(GKDTrainer):
     """`GKDTrainer` with the fused loss, on completions drawn a whole accumulation window at a time.
 
@@ -180,7 +150,7 @@ class LogitKDTrainer(GKDTrainer):
         self.divergence = self.args.divergence_function()
         # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         for model in (self.accelerator.unwrap_model(self.model), teacher.model):
             OutputHead.of(model).check(model)
 
@@ -315,7 +285,7 @@ class LogitKDTrainer(GKDTrainer):
                 vocab_size=self.shared,
                 chunk_size=self.args.loss_chunk_size,
             )
-        self._count(sums)
+        self._means[self._mode].add(sums)
         return loss if alpha is not None else self.args.alpha * loss
 
     def _temperatures(
@@ -354,76 +324,15 @@ class LogitKDTrainer(GKDTrainer):
 
     # --- the log ---------------------------------------------------------------------------------
 
-    def _count(self, sums: dict[str, torch.Tensor]) -> None:
-        total = self._sums["train" if self.model.training else "eval"]
-        for name, value in sums.items():
-            if name.endswith("_min"):
-                total[name] = torch.minimum(total.get(name, value), value)
-            elif name.endswith("_max"):
-                total[name] = torch.maximum(total.get(name, value), value)
-            else:
-                total[name] = total.get(name, 0) + value
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds means per completion token since the last log, over all processes."""
-        mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
-        means = per_token(self.accelerator, self._sums[mode])
-        self._sums[mode] = {}
+        prefix = "" if self._mode == "train" else "eval_"
+        means = self._means[self._mode].take(self.accelerator)
         super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
-
-
-NAMES = {
-    "agreed": "top1",
-    "ce": "ce_nats",
-    "kl": "kl_nats",
-    "divergence": "divergence_nats",
-    "student_entropy": "student_entropy_nats",
-    "teacher_entropy": "teacher_entropy_nats",
-    "temperature": "temperature_mean",
-    "clipped_low": "clipped_low_share",
-    "clipped_high": "clipped_high_share",
-}
-
-
-def per_token(accelerator, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sums over tokens → means over tokens, over all processes, under the names of the log."""
-    means = {}
-    if not sums:
-        return means
-    reduced = {
-        name: accelerator.gather(value.reshape(1).to(accelerator.device))
-        for name, value in sorted(sums.items())
-    }
-    tokens = reduced.pop("tokens").sum().clamp_min(1)
-    for name, values in reduced.items():
-        if name.endswith("_min"):
-            means[name] = values.min().item()
-        elif name.endswith("_max"):
-            means[name] = values.max().item()
-        else:
-            means[NAMES.get(name, name)] = (values.sum() / tokens).item()
-    return means
-
-
-def encode_completion_pair(
-    student: PromptFormat,
-    teacher: PromptFormat,
-    shared: int,
-    question: str,
-    completion: Completion,
-    max_length: int | None,
-) -> dict[str, list[int]]:
-    """A completion as both models read it, see `encode_pair`.
-
-    The writer's own tokens, cut before the first that the models do not share. A completion that ended at
-    a stop string is closed by the student's end token, which the teacher would not have written.
-    """
-    written = [*completion.token_ids, *([] if completion.end_id is None else [completion.end_id])]
-    ids = list(takewhile(lambda token: token < shared, written))
-    stopped = completion.finished and completion.end_id is None and len(ids) == len(written)
-    closing = [student.tokenizer.eos_token_id] if stopped else []
-    return encode_pair(student, teacher, question, ids, closing, max_length)
 
 
 def _no_teacher(student: PreTrainedModel) -> nn.Module:

@@ -13,8 +13,8 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.methods.adakd import difficulty_temperatures, hardest
-from medistill_trl.methods.logit_kd import encode_completion_pair
 from medistill_trl.models import _set_generation
+from medistill_trl.pairs import encode_completion_pair
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import Completion, Teacher
