@@ -1,0 +1,233 @@
+"""The pair, the batch and the five variants of a training step that `kd_step` compares.
+
+Shapes: B batch, T time, N completion tokens of the batch, C tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from trl.experimental.gkd import GKDTrainer
+
+from medistill_trl import model_source, models, recipe
+from medistill_trl.arguments import StudentArguments, TeacherArguments
+from medistill_trl.checkpoints import Totals
+from medistill_trl.losses.token_kl import CHUNK_SIZE, completion_states
+from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer
+from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.teacher import Sampling, Teacher
+
+EMBEDDED = ["recipes/logit_kd.yaml", "recipes/overlays/embedded.yaml"]
+ALPHA, TEMPERATURE = 0.5, 2.0
+
+
+@dataclass
+class Bench:
+    """What a variant works on.
+
+    Args:
+        batch: As `LogitKDTrainer` collates it: labels are `IGNORED` on the prompt.
+        trainer: Ours, for its loss.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    batch: dict[str, torch.Tensor]
+    trainer: LogitKDTrainer
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The student without its adapter's wrapper; the adapted layers stay."""
+        wrapped = hasattr(self.student, "get_base_model")
+        return self.student.get_base_model() if wrapped else self.student
+
+    @property
+    def num_items(self) -> torch.Tensor:
+        return (self.batch["labels"] != IGNORED).sum()
+
+
+def embedded_pair(
+    lora: bool,
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Student, teacher and tokenizer as the recipe has them."""
+    values = recipe.load([*EMBEDDED, "--use_lora", str(lora).lower()]).values
+    student_args, teacher_args = (
+        kind(**{f.name: values[f.name] for f in fields(kind)})
+        for kind in (StudentArguments, TeacherArguments)
+    )
+    cpu = torch.device("cpu")
+    source = model_source.resolve(teacher_args.teacher_model)
+    tokenizer = models.load_tokenizer(source)
+    teacher = models.load_teacher(source, tokenizer, teacher_args, student_args, cpu)
+    source = model_source.resolve(
+        student_args.student_model, keep_layers=student_args.student_keep_layers
+    )
+    return models.load_student(source, tokenizer, student_args, cpu), teacher, tokenizer
+
+
+def tiny_pair(lora: bool) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Random models that take no time, to try the script itself."""
+    words = {f"w{n}": n for n in range(509)} | {"<pad>": 509, "<eos>": 510, "<unk>": 511}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    student, teacher = (
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), num_hidden_layers=layers, **sizes))
+        for layers in (1, 2)
+    )
+    if lora:
+        student = get_peft_model(student, LoraConfig("CAUSAL_LM", target_modules="all-linear"))
+    return student, teacher.requires_grad_(False).eval(), tokenizer
+
+
+def random_rows(vocab_size: int, batch: int, tokens: int) -> list[dict[str, list[int]]]:
+    """Encoded pairs of `tokens` random tokens each; the prompt is 40 to 60 % of a row.
+
+    No padding, which TRL's loss would pay for and ours would not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(batch):
+        ids = torch.randint(vocab_size, (tokens,), generator=generator).tolist()
+        share = 0.4 + 0.2 * torch.rand((), generator=generator).item()
+        prompt = round(share * tokens)
+        labels = [IGNORED] * prompt + ids[prompt:]
+        row = {"input_ids": ids, "labels": labels}
+        row |= {f"teacher_{name}": value for name, value in row.items()}
+        rows.append(row | {"compared": [int(label != IGNORED) for label in labels]})
+    return rows
+
+
+def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Bench:
+    """Models, batch and trainer of one mode.
+
+    Args:
+        folder: Where the trainer may write; it does not.
+    """
+    make_pair = tiny_pair if tiny else embedded_pair
+    student, teacher, tokenizer = make_pair(lora=mode == "lora")
+    # TRL's compute_loss would have them return the keys and values of every layer, unused.
+    student.config.use_cache = teacher.config.use_cache = False
+    rows = random_rows(len(tokenizer), batch, tokens)
+    form = PromptFormat(tokenizer)
+    trainer = LogitKDTrainer(
+        model=student,
+        args=LogitKDConfig(
+            output_dir=folder,
+            alpha=ALPHA,
+            kd_temperature=TEMPERATURE,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list([{"question": "", "example": None}]),
+        teacher=Teacher(teacher, tokenizer, form, "benchmark"),
+        shared=len(tokenizer),
+        form=form,
+        sampling=Sampling(1),
+        totals=Totals(),
+    )
+    return Bench(student.train(), teacher, trainer.data_collator(rows), trainer)
+
+
+# --- the variants: each a forward and a backward
+
+
+def gkd(bench: Bench) -> None:
+    """TRL's method itself, on a stand-in for the trainer that has what it looks at."""
+    trainer = SimpleNamespace(
+        use_liger_gkd_loss=False,
+        teacher_model=bench.teacher,
+        beta=0.0,
+        generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
+    )
+    loss = GKDTrainer.compute_loss(
+        trainer, bench.student, bench.batch, num_items_in_batch=bench.num_items
+    )
+    loss.backward()
+
+
+def plain(bench: Bench) -> None:
+    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
+    student_NV, targets_N = completion_states(bench.student(**inputs).logits, bench.batch["labels"])
+    with torch.no_grad():
+        teacher_NV, _ = completion_states(bench.teacher(**inputs).logits, bench.batch["labels"])
+    ce = F.cross_entropy(student_NV, targets_N, reduction="sum")
+    softened = [(logits / TEMPERATURE).log_softmax(-1) for logits in (student_NV, teacher_NV)]
+    kl = F.kl_div(*softened, reduction="sum", log_target=True)
+    loss = (1 - ALPHA) * ce + ALPHA * TEMPERATURE**2 * kl
+    (loss / len(targets_N)).backward()
+
+
+def ours(bench: Bench) -> None:
+    loss = bench.trainer.compute_loss(
+        bench.student, bench.batch, num_items_in_batch=bench.num_items
+    )
+    loss.backward()
+
+
+def trunk_states(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models' states that predict completion tokens, (N, H) each."""
+    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
+    student_BTH = bench.base.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    with torch.no_grad():
+        teacher_BTH = bench.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return tuple(
+        completion_states(states, bench.batch["labels"])[0] for states in (student_BTH, teacher_BTH)
+    )
+
+
+def trunks(bench: Bench) -> None:
+    student_NH, _ = trunk_states(bench)
+    student_NH.backward(torch.ones_like(student_NH))
+
+
+def floor(bench: Bench) -> None:
+    """The products in chunks as large as ours. What flows back is the logits: a product does not care."""
+    student_NH, teacher_NH = trunk_states(bench)
+    weight_VH = bench.base.get_output_embeddings().weight
+    gradient_NH = torch.empty_like(student_NH)
+    gradient_VH = torch.zeros_like(weight_VH) if weight_VH.requires_grad else None
+    with torch.no_grad():
+        for start in range(0, len(student_NH), CHUNK_SIZE):
+            rows = slice(start, start + CHUNK_SIZE)
+            logits_CV = student_NH[rows] @ weight_VH.T
+            _ = teacher_NH[rows] @ bench.teacher.get_output_embeddings().weight.T
+            gradient_NH[rows] = logits_CV @ weight_VH
+            if gradient_VH is not None:
+                gradient_VH.addmm_(logits_CV.T, student_NH[rows])
+    student_NH.backward(gradient_NH)
+    if gradient_VH is not None:  # there is one already if the embedding is tied
+        grad_VH = weight_VH.grad
+        weight_VH.grad = gradient_VH if grad_VH is None else grad_VH.add_(gradient_VH)
+
+
+VARIANTS: dict[str, Callable[[Bench], None]] = {
+    "gkd": gkd,
+    "plain": plain,
+    "ours": ours,
+    "floor": floor,
+    "trunks": trunks,
+}
