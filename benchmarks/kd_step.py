@@ -70,7 +70,9 @@ def own_peak(variant: str, mode: str, batch: int, tokens: int, tiny: bool) -> in
     """Bytes: the largest resident size of this process during one step of the variant."""
     with tempfile.TemporaryDirectory() as folder:
         bench = prepare(mode, batch, tokens, tiny, folder)
-    Path("/proc/self/clear_refs").write_text("5")  # loading took more than a short step will
+    # Loading took more than a short step will: start the mark anew. The trainer has run both models whole
+    # to check their heads, so no weights are read from disk for the first time within the step.
+    Path("/proc/self/clear_refs").write_text("5")
     timed(VARIANTS[variant], bench)
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))

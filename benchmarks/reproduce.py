@@ -219,12 +219,16 @@ def results(
         f"T {METHOD_FLAGS['logit_kd']['kd_temperature']}."
     )
     minutes = sum(record["seconds"] for record in records) / 60
+    before = records[0]["heldout"]["before"]
+    command = " ".join(["python -m benchmarks.reproduce", *sys.argv[1:]])
     facts = [
+        f"- The student before training, on the validation prompts: CE {before['ce_nats']:.3f}, "
+        f"KL {before['kl_nats']:.3f} nats, top-1 {before['top1']:.3f}",
         f"- Machine: {len(os.sched_getaffinity(0))} cores; {here['device']}",
         f"- Time: {len(records)} runs {minutes:.1f} min of training together, measuring {seconds / 60:.1f} min",
         f"- Versions: {versions}",
         f"- Commits: trained at {', '.join(sorted({str(r['git_commit']) for r in records}))}",
-        f"- Command: `python -m benchmarks.reproduce {' '.join(sys.argv[1:])}`".rstrip(" `") + "`",
+        f"- Command: `{command}`",
     ]
     note = "Mean ± standard deviation over the seeds; the students' own answers are greedy."
     return "\n\n".join([f"{settings} {note}", table(measurements), "\n".join(facts)])
