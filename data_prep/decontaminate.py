@@ -89,8 +89,10 @@ class RunIndex:
         self._runs, self._owners = flat[order], owners[order]
 
     def shared(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Texts that share any of the distinct 13-grams `own`, and how many they share."""
-        own = own[contains(self._runs, own)]
+        """Texts that share any of the 13-grams `own`, and how many different ones they share."""
+        own = np.unique(
+            own[contains(self._runs, own)]
+        )  # few are found: sorting them all would be waste
         if not len(own):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         start = np.searchsorted(self._runs, own, side="left")
@@ -102,27 +104,36 @@ class RunIndex:
 class Quotations:
     """Short questions, to find word for word within other texts.
 
+    Looked up by their last words, which fewer of them share than the first.
+
     Args:
-        questions: The words of each, as hashes; at most `2 * RUN` words.
+        questions: The words of each, as hashes; at least `FEWEST_WORDS` and at most `2 * RUN`.
     """
 
     def __init__(self, questions: dict[int, np.ndarray]):
-        self._by_opening: dict[int, list[tuple[int, int, int]]] = {}
+        # End → length → the whole → number.
+        self._by_end: dict[int, dict[int, dict[int, int]]] = {}
         for number, hashes in questions.items():
-            opening, whole = (int(runs(hashes, n)[0]) for n in (FEWEST_WORDS, len(hashes)))
-            entry = (len(hashes), whole, number)
-            self._by_opening.setdefault(opening, []).append(entry)
-        self._openings = np.array(sorted(self._by_opening), dtype=np.uint64)
+            end = int(runs(hashes[-FEWEST_WORDS:], FEWEST_WORDS)[0])
+            lengths = self._by_end.setdefault(end, {})
+            lengths.setdefault(len(hashes), {})[_whole(hashes)] = number
+        self._ends = np.array(sorted(self._by_end), dtype=np.uint64)
 
     def find(self, text: np.ndarray) -> int | None:
         """The number of a question that stands in the text."""
-        openings = runs(text, FEWEST_WORDS)
-        for place in np.flatnonzero(contains(self._openings, openings)):
-            for length, whole, number in self._by_opening[int(openings[place])]:
-                found = runs(text[place : place + length], length)
-                if len(found) and int(found[0]) == whole:
-                    return number
+        ends = runs(text, FEWEST_WORDS)
+        for place in np.flatnonzero(contains(self._ends, ends)):
+            stop = place + FEWEST_WORDS
+            for length, wholes in self._by_end[int(ends[place])].items():
+                if length <= stop:
+                    number = wholes.get(_whole(text[stop - length : stop]))
+                    if number is not None:
+                        return number
         return None
+
+
+def _whole(hashes: np.ndarray) -> int:
+    return int(runs(hashes, len(hashes))[0])
 
 
 @dataclass
@@ -197,14 +208,14 @@ class Guard:
         return Leak(SAME_PMID, owner) if owner else None
 
     def _covered(self, question: np.ndarray, texts: list[np.ndarray]) -> Leak | None:
-        own = [np.unique(runs(text, RUN)) for text in (question, *texts)]
-        owners, counts = self._runs.shared(np.unique(np.concatenate(own)))
+        own = [runs(text, RUN) for text in (question, *texts)]
+        owners, counts = self._runs.shared(np.concatenate(own))
         sizes = self._runs.sizes[owners]
         found = owners[(sizes >= FEWEST_RUNS) & (counts >= COVERAGE * sizes)].tolist()
         for text in own[1:]:  # not of the question: a vignette may be half boilerplate
-            if len(text) >= FEWEST_OWN_RUNS:
-                owners, counts = self._runs.shared(text)
-                found += owners[counts >= COVERAGE * len(text)].tolist()
+            if len(owners) and len(text) >= FEWEST_OWN_RUNS:
+                its_owners, counts = self._runs.shared(text)
+                found += its_owners[counts >= COVERAGE * len(text)].tolist()
         if found:
             return Leak(COVERED, self._ids[self._owners[found[0]]])
         for text in (question, *texts):

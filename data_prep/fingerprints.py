@@ -6,6 +6,7 @@ All of them are of the normalised words: NFKC, case folded, punctuation and spac
 import html
 import re
 import unicodedata
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -39,7 +40,12 @@ def exact_key(*parts: list[str]) -> int:
 
 def word_hashes(tokens: list[str]) -> np.ndarray:
     """(words,) uint64"""
-    return np.array([xxhash.xxh64_intdigest(token.encode()) for token in tokens], dtype=np.uint64)
+    return np.array(list(map(_word_hash, tokens)), dtype=np.uint64)
+
+
+@lru_cache(maxsize=2**16)
+def _word_hash(token: str) -> int:
+    return xxhash.xxh64_intdigest(token.encode())
 
 
 def runs(hashes: np.ndarray, size: int) -> np.ndarray:
