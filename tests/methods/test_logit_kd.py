@@ -168,13 +168,14 @@ def test_difficulty_trains_and_logs_its_temperatures(tmp_path):
     assert logged(full)[0] > logged(trainer)[0]
 
 
-@pytest.mark.parametrize("mode", ["online", "stored"])
-def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode):
+@pytest.mark.parametrize(("mode", "lmbda"), [("online", 0), ("stored", 0), ("online", 1.0)])
+def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode, lmbda):
     after = {}
     for rows, steps in ((1, 8), (8, 1)):
         setting, trainer, _ = trained(
             tmp_path / f"{rows}",
             completions=mode,
+            lmbda=lmbda,
             max_steps=1,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=steps,
