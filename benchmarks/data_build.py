@@ -3,11 +3,13 @@
 python benchmarks/data_build.py [--rows 100000 400000] [--jobs 2] [--work FOLDER]
 
 Makes release-like files (shares, lengths and repetition of the real datasets, no real text), runs
-`python -m data_prep.build` on them, and prints seconds, rows per second and the largest memory of all
-its processes together (PSS: what they share is counted once).
+`python -m data_prep.build` on them, and prints seconds, rows per second and the largest memory of all its
+processes together (PSS: what they share is counted once), without and with the pages of files they have
+mapped, which the system takes back when it needs them.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -108,8 +110,8 @@ def make(folder: Path, rows: int) -> int:
     return total
 
 
-def measure(raw_dir: Path, out: Path, jobs: int) -> tuple[float, float]:
-    """Seconds and GiB of a build."""
+def measure(raw_dir: Path, out: Path, jobs: int) -> tuple[float, float, float]:
+    """Seconds of a build, and the largest GiB without and with mapped files."""
     command = [
         sys.executable,
         "-m",
@@ -119,22 +121,28 @@ def measure(raw_dir: Path, out: Path, jobs: int) -> tuple[float, float]:
         "--out",
         str(out),
     ]
-    start, peak = time.monotonic(), 0
+    start, own, mapped = time.monotonic(), 0, 0
     with subprocess.Popen([*command, "--jobs", str(jobs)], stdout=subprocess.DEVNULL) as process:
         tree = psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, sum(map(_pss, [tree, *tree.children(recursive=True)])))
+            sizes = [_memory(p.pid) for p in (tree, *tree.children(recursive=True))]
+            own = max(own, sum(size["Pss_Anon"] for size in sizes))
+            mapped = max(mapped, sum(size["Pss"] for size in sizes))
             time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"the build failed with {process.returncode}")
-    return time.monotonic() - start, peak / 2**30
+    return time.monotonic() - start, own / 2**20, mapped / 2**20
 
 
-def _pss(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
-    except psutil.Error:
-        return 0  # it has just ended
+def _memory(pid: int) -> dict[str, int]:
+    """Proportional sizes of a process in KiB, by the names of the kernel."""
+    sizes = {"Pss": 0, "Pss_Anon": 0}
+    with contextlib.suppress(OSError):  # it has just ended
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name in sizes:
+                sizes[name] = int(size.split()[0])
+    return sizes
 
 
 def main() -> None:
@@ -145,15 +153,24 @@ def main() -> None:
         "--work", type=Path, help="where to put the files (default: a temporary folder)"
     )
     options = parser.parse_args()
-    print(
-        "| rows of the pool | rows read | seconds | rows/s | memory, GiB |\n|---|---|---|---|---|"
-    )
+    columns = ("rows of the pool", "rows read", "seconds", "rows/s", "memory, GiB", "with maps")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             total = make(Path(folder) / "raw", rows)
-            seconds, memory = measure(Path(folder) / "raw", Path(folder) / "data", options.jobs)
+            seconds, own, mapped = measure(
+                Path(folder) / "raw", Path(folder) / "data", options.jobs
+            )
         rate = total / seconds
-        print(f"| {rows:,} | {total:,} | {seconds:.0f} | {rate:,.0f} | {memory:.2f} |", flush=True)
+        cells = (
+            f"{rows:,}",
+            f"{total:,}",
+            f"{seconds:.0f}",
+            f"{rate:,.0f}",
+            f"{own:.2f}",
+            f"{mapped:.2f}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
