@@ -14,7 +14,7 @@ BAND = 4  # 24 bands of 4: 79 % of the pairs at Jaccard 0.5 in one comparison, 9
 CHUNK = 100_000  # pairs whose signatures are held at a time
 SAME = 0.9  # estimated Jaccard of question and answer from which two rows are one
 # … and from which they stay in the same part. Of pairs with a true Jaccard of 0.5 / 0.6 / 0.7 this links
-# 75 / 97 / 99.6 % (tests/test_splits.py measures it); 0.5 would link half of the first.
+# at least 65 / 90 / 98 % (tests/test_splits.py); 0.5 would link half of the first.
 ALIKE = 0.42
 
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -310,7 +311,7 @@ class LogitKDTrainer(GKDTrainer):
     @contextmanager
     def _last_hidden(self, student: PreTrainedModel) -> Iterator[SimpleNamespace]:
         """Keeps the decoder's last hidden states of the forward passes within."""
-        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        base = student.get_base_model() if isinstance(student, PeftModel) else student
         seen = SimpleNamespace(hidden_BTH=None)
 
         def keep(module, inputs, output):
