@@ -180,6 +180,7 @@ class Guard:
         }
         self._quotations = Quotations(short)
         self._shingles = [self._telling(text) for text in texts]
+        self._asked = np.unique(np.concatenate([*self._shingles, _NONE]))
         self._similar = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
         for number, text in enumerate(self._shingles):
             if len(text):
@@ -193,13 +194,10 @@ class Guard:
     def leak(self, record: HeldOut) -> Leak | None:
         """The first stage that finds this record among those held out, or None."""
         question = words(record.question)
-        if question and record.options:
-            owner = self.with_options.get(options_key(question, record.options))
-            if owner:
-                return Leak(SAME_OPTIONS, owner)
         owner = self.questions.get(exact_key(question)) if question else None
         if owner:
-            return Leak(SAME_QUESTION, owner)
+            same = self.with_options.get(options_key(question, record.options))
+            return Leak(SAME_OPTIONS, same) if same else Leak(SAME_QUESTION, owner)
         asked, *texts = (word_hashes(tokens) for tokens in (question, *map(words, record.texts)))
         found = self._covered(asked, texts) or self._alike(shingles(asked))
         if found:
@@ -226,7 +224,8 @@ class Guard:
 
     def _alike(self, question: np.ndarray) -> Leak | None:
         question = self._telling(question)
-        if not len(question):
+        # A Jaccard of s takes s of one's own shingles; nearly no question has so many, and asking costs.
+        if contains(self._asked, question).sum() < max(1, SIMILARITY * len(question)):
             return None
         for candidate in sorted(self._similar.query(min_hash(question))):
             if jaccard(question, self._shingles[candidate]) >= SIMILARITY:

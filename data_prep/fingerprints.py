@@ -20,7 +20,7 @@ _INVISIBLE = re.compile(
     "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]"
 )  # soft hyphens, zero widths, marks
 _FACTOR = 0x9E3779B97F4A7C15  # any odd number: what keeps n-grams of the same words apart
-_POWERS = np.array([pow(_FACTOR, k, 2**64) for k in range(2 * RUN)], dtype=np.uint64)
+_INVERSE = pow(_FACTOR, -1, 2**64)
 # Hashing is done here, on 64-bit numbers; MinHash takes 32 bits of them.
 _EMPTY = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
 
@@ -49,14 +49,27 @@ def _word_hash(token: str) -> int:
 
 
 def runs(hashes: np.ndarray, size: int) -> np.ndarray:
-    """The n-grams of a text's word hashes in reading order, (n-grams,) uint64; none if it is shorter."""
+    """The n-grams of a text's word hashes in reading order, (n-grams,) uint64; none if it is shorter.
+
+    The hash of the words h_i … h_(i+n-1) is Σ_k h_(i+k) F^k: a difference of two running sums, divided by F^i.
+    """
     count = len(hashes) - size + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
-    sums = hashes[:count] * _POWERS[0]
-    for offset in range(1, size):
-        sums += hashes[offset : offset + count] * _POWERS[offset]
-    return sums
+    powers, inverses = _powers(1 << (len(hashes) - 1).bit_length())
+    sums = np.cumsum(hashes * powers[: len(hashes)])
+    result = sums[size - 1 :].copy()
+    result[1:] -= sums[: count - 1]
+    return result * inverses[:count]
+
+
+@lru_cache
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """F^0, F^1, … and their inverses, modulo 2^64."""
+    factors = np.full((2, count), 1, dtype=np.uint64)
+    factors[0, 1:], factors[1, 1:] = _FACTOR, _INVERSE
+    powers, inverses = np.cumprod(factors, axis=1, dtype=np.uint64)
+    return powers, inverses
 
 
 def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:

@@ -134,9 +134,9 @@ def find_letter_leak(text: str) -> str | None:
     """
     lowered = text.lower()
     for needles, pattern in LEAKS:
-        if (not needles or any(needle in lowered for needle in needles)) and (
-            match := pattern.search(text)
-        ):
+        if needles and not any(map(lowered.__contains__, needles)):
+            continue
+        if match := pattern.search(text):
             return match.group()
     if ")" not in text:
         return None
