@@ -128,7 +128,7 @@ def measure(raw_dir: Path, out: Path, jobs: int) -> tuple[float, float, float]:
             sizes = [_memory(p.pid) for p in (tree, *tree.children(recursive=True))]
             own = max(own, sum(size["Pss_Anon"] for size in sizes))
             mapped = max(mapped, sum(size["Pss"] for size in sizes))
-            time.sleep(0.5)
+            time.sleep(1)  # reading the sizes costs the system some milliseconds a gigabyte
     if process.returncode:
         raise SystemExit(f"the build failed with {process.returncode}")
     return time.monotonic() - start, own / 2**20, mapped / 2**20

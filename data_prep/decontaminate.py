@@ -204,7 +204,8 @@ class Guard:
         question = words(record.question)
         owner = self.questions.get(exact_key(question)) if question else None
         if owner:
-            same = self.with_options.get(options_key(question, record.options))
+            key = options_key(question, record.options) if record.options else None
+            same = self.with_options.get(key)
             return Leak(SAME_OPTIONS, same) if same else Leak(SAME_QUESTION, owner)
         asked, *texts = (word_hashes(tokens) for tokens in (question, *map(words, record.texts)))
         found = self._covered(asked, texts) or self._alike(shingles(asked))

@@ -49,6 +49,7 @@ ABOUT_THE_EXAM = re.compile(
     r"|\b(?:figure|fig|image|picture|diagram|photograph)s?\b\.?\s*(?:\(|\d|shows?\b|above\b|below\b|given\b)",
     re.I,
 )
+_NOT_WORD = re.compile(r"[\W_]+")
 OPTION = re.compile(
     r"(?i:\boption|\bchoice)\s*['\"(]?([A-Ea-e])['\")]?(?=\s+(?:is|was|has|causes|can|does)\b)(?!\s+(?i:(?:is\s+)?(?:not\s+)?(?:in)?correct|is\s+wrong|is\s+(?:true|false|right)))"
 )
@@ -171,4 +172,4 @@ def _repair(piece: str, options: tuple[str, ...]) -> str:
 
 
 def _same(text: str, answer: str) -> bool:
-    return [c.lower() for c in text if c.isalnum()] == [c.lower() for c in answer if c.isalnum()]
+    return _NOT_WORD.sub("", text).lower() == _NOT_WORD.sub("", answer).lower()
