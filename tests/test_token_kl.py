@@ -100,7 +100,7 @@ def test_inverse_confidence_by_hand():
     bounds of the clip."""
     logits = torch.tensor([[0.0, 0.0], [math.log(99.0), 0.0], [40.0, 0.0]])
     rule = InverseConfidence(base=1.0, minimum=1.005, maximum=1.8, epsilon=0.0)
-    got = rule(logits.log_softmax(-1), None)
+    got = rule(Distribution.of(logits), None)
     assert got.tolist() == pytest.approx([1.8, 1 / 0.99, 1.005])
     head = LinearHead(torch.eye(2))
     _, sums = distillation_loss(

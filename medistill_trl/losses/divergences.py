@@ -18,23 +18,51 @@ import torch
 
 
 class Distribution(NamedTuple):
-    """Next-token probabilities and their logarithms, (R, V) each."""
+    """Next-token probabilities of some rows.
 
-    log_probs: torch.Tensor
+    Args:
+        shifted: (R, V), logits (divided by the temperature) minus the row's largest.
+        log_norm: (R, 1), log Σ exp(shifted), so that log p = shifted − log_norm.
+        probs: (R, V).
+    """
+
+    shifted: torch.Tensor
+    log_norm: torch.Tensor
     probs: torch.Tensor
 
     @classmethod
-    def of(
-        cls, logits_RV: torch.Tensor, temperature_R1: torch.Tensor | None = None
-    ) -> "Distribution":
-        """softmax(logits / temperature); None leaves the logits as they are."""
-        scaled_RV = logits_RV if temperature_R1 is None else logits_RV / temperature_R1
-        log_probs_RV = scaled_RV.log_softmax(-1)
-        return cls(log_probs_RV, log_probs_RV.exp())
+    def of(cls, logits_RV: torch.Tensor) -> "Distribution":
+        """softmax(logits)"""
+        return cls._normalised(logits_RV - logits_RV.amax(-1, keepdim=True))
+
+    @classmethod
+    def _normalised(cls, shifted_RV: torch.Tensor) -> "Distribution":
+        # Not softmax and log_softmax: these cost three passes each, and two exponentials of everything.
+        probs_RV = shifted_RV.exp()
+        norm_R1 = probs_RV.sum(-1, keepdim=True)
+        return cls(shifted_RV, norm_R1.log(), probs_RV.div_(norm_R1))
+
+    def softened(self, temperature_R1: torch.Tensor) -> "Distribution":
+        """softmax(logits / temperature)"""
+        return self._normalised(self.shifted / temperature_R1)
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        """(R, V), made anew."""
+        return self.shifted - self.log_norm
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """The largest probability, (R,)."""
+        return self.log_norm[:, 0].neg().exp()
+
+    def cross_entropy(self, of: "Distribution") -> torch.Tensor:
+        """−Σ q log p of this p under another distribution's q, (R,), nats."""
+        return self.log_norm[:, 0] - torch.linalg.vecdot(of.probs, self.shifted)
 
     def entropy(self) -> torch.Tensor:
         """−Σ p log p, (R,), nats."""
-        return -torch.linalg.vecdot(self.probs, self.log_probs)
+        return self.cross_entropy(self)
 
 
 # (student, teacher) → (divergence (R,) in nats, ∂divergence/∂(student logits / temperature) (R, V))
@@ -43,7 +71,13 @@ Divergence = Callable[[Distribution, Distribution], tuple[torch.Tensor, torch.Te
 
 def kl(of: Distribution, against: Distribution) -> torch.Tensor:
     """KL(of ‖ against), (R,), nats."""
-    return torch.linalg.vecdot(of.probs, of.log_probs - against.log_probs)
+    ratio_RV, norm_R1 = _log_ratio(of, against)
+    return torch.linalg.vecdot(of.probs, ratio_RV) + norm_R1[:, 0]
+
+
+def _log_ratio(one: Distribution, other: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p₁ − log p₂ in two parts, (R, V) and (R, 1): adding them would be one more pass."""
+    return one.shifted - other.shifted, other.log_norm - one.log_norm
 
 
 def forward_kl(student: Distribution, teacher: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,8 +87,9 @@ def forward_kl(student: Distribution, teacher: Distribution) -> tuple[torch.Tens
 
 def reverse_kl(student: Distribution, teacher: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(p_S ‖ p_T), MiniLLM (arXiv 2306.08543). g = log p − log q."""
-    slope_RV = student.log_probs - teacher.log_probs
-    return _centred(student, slope_RV)
+    ratio_RV, norm_R1 = _log_ratio(student, teacher)
+    mean_R, gradient_RV = _centred(student, ratio_RV)  # a constant drops out of the gradient
+    return mean_R + norm_R1[:, 0], gradient_RV
 
 
 def jsd(

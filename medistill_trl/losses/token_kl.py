@@ -29,9 +29,9 @@ IGNORE_INDEX = -100  # label of a token that is not trained on, as in Transforme
 # From 128 tokens on the products do not get faster; at 256 the logits of both models take 100 MB with a
 # vocabulary of 49,152.
 CHUNK_SIZE = 256
-# A block's float32 buffer: 2 MB per CPU thread, about its L2 cache (half or a quarter is as fast, but
-# more blocks mean more waiting where other processes want the same cores); on a GPU enough to fill it.
-CPU_BLOCK_ELEMENTS_PER_THREAD = 2**19
+# A block's float32 buffer: 0.5 MB per CPU thread, so that the four or five alive at a time stay in its L2
+# cache; on a GPU enough to fill it.
+CPU_BLOCK_ELEMENTS_PER_THREAD = 2**17
 GPU_BLOCK_ELEMENTS = 2**24
 
 
@@ -274,13 +274,17 @@ def _chunk(
         projection.backward(student_CV, hidden_gradient, gradients[1:])
 
 
+def block_elements(device_type: str) -> int:
+    """Numbers of a block's buffer; a block holds some ten buffers at a time."""
+    if device_type == "cpu":
+        return CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
+    return GPU_BLOCK_ELEMENTS
+
+
 def _blocks(logits_CV: torch.Tensor) -> Iterator[slice]:
     """Rows of a chunk to work on together."""
     num_rows, vocab_size = logits_CV.shape
-    elements = GPU_BLOCK_ELEMENTS
-    if logits_CV.device.type == "cpu":
-        elements = CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
-    size = max(1, elements // vocab_size)
+    size = max(1, block_elements(logits_CV.device.type) // vocab_size)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 

@@ -10,8 +10,8 @@ import torch
 
 from medistill_trl.losses.divergences import Distribution, Divergence
 
-# (student's, teacher's log-probabilities at temperature 1 (R, V)) → temperatures (R,)
-TemperatureRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (student, teacher at temperature 1) → temperatures (R,)
+TemperatureRule = Callable[[Distribution, Distribution], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,9 @@ class InverseConfidence:
                 f"base > 0, epsilon >= 0 and 0 < minimum <= maximum must hold, got {self}"
             )
 
-    def __call__(
-        self, student_log_probs_RV: torch.Tensor, teacher_log_probs_RV: torch.Tensor
-    ) -> torch.Tensor:
-        confidence_R = student_log_probs_RV.amax(-1).exp()
-        return (self.base / (confidence_R + self.epsilon)).clamp(self.minimum, self.maximum)
+    def __call__(self, student: Distribution, teacher: Distribution) -> torch.Tensor:
+        temperature_R = self.base / (student.confidence + self.epsilon)
+        return temperature_R.clamp(self.minimum, self.maximum)
 
 
 @dataclass(frozen=True)
@@ -104,28 +102,25 @@ class Objective:
         Returns:
             The loss's gradient in the student's logits, (R, V).
         """
-        by_rule = callable(self.temperature)
-        # Both at temperature 1, where something needs them.
-        student = Distribution.of(student_RV) if "ce" in terms or by_rule else None
-        teacher = Distribution.of(teacher_RV) if "kl" in terms or by_rule else None
+        student = Distribution.of(student_RV)
+        teacher = None if teacher_RV is None else Distribution.of(teacher_RV)
         if "ce" in terms:
-            terms["ce"][tokens] = -student.log_probs.gather(1, targets_R[:, None])[:, 0]
+            log_target_R1 = student.shifted.gather(1, targets_R[:, None]) - student.log_norm
+            terms["ce"][tokens] = -log_target_R1[:, 0]
         if "student_entropy" in terms:
             terms["student_entropy"][tokens] = student.entropy()
         if "kl" in terms:
             entropy_R = teacher.entropy()
             terms["teacher_entropy"][tokens] = entropy_R
-            cross_entropy_R = -torch.linalg.vecdot(teacher.probs, student.log_probs)
-            terms["kl"][tokens] = cross_entropy_R - entropy_R
-            terms["agreed"][tokens] = _same_top(student_RV, teacher_RV).to(student_RV.dtype)
+            terms["kl"][tokens] = student.cross_entropy(teacher) - entropy_R
+            terms["agreed"][tokens] = _same_top(student, teacher).to(student_RV.dtype)
         if self.alpha == 0:
             return _minus_one_hot_(student.probs, targets_R, 1.0)
         temperature_R1 = self._temperature(tokens, student, teacher)
         terms["temperature"][tokens] = 1 if temperature_R1 is None else temperature_R1[:, 0]
-        if temperature_R1 is None:
-            pair = student or Distribution.of(student_RV), teacher or Distribution.of(teacher_RV)
-        else:
-            pair = [Distribution.of(logits, temperature_R1) for logits in (student_RV, teacher_RV)]
+        pair = (student, teacher)
+        if temperature_R1 is not None:
+            pair = [side.softened(temperature_R1) for side in pair]
         terms["divergence"][tokens], gradient_RV = self.divergence(*pair)
         gradient_RV.mul_(self._divergence_factor(tokens, temperature_R1))
         if self.alpha == 1:
@@ -134,13 +129,13 @@ class Objective:
         return _minus_one_hot_(gradient_RV, targets_R, 1 - self.alpha)
 
     def _temperature(
-        self, tokens: slice, student: Distribution | None, teacher: Distribution | None
+        self, tokens: slice, student: Distribution, teacher: Distribution
     ) -> torch.Tensor | None:
         """(R, 1), or None for 1."""
         if self.temperature is None:
             return None
         if callable(self.temperature):
-            return self.temperature(student.log_probs, teacher.log_probs)[:, None]
+            return self.temperature(student, teacher)[:, None]
         return self.temperature[tokens, None]
 
     def _divergence_factor(
@@ -151,11 +146,11 @@ class Objective:
         return factor if self.weights_N is None else factor * self.weights_N[tokens, None]
 
 
-def _same_top(student_RV: torch.Tensor, teacher_RV: torch.Tensor) -> torch.Tensor:
+def _same_top(student: Distribution, teacher: Distribution) -> torch.Tensor:
     """Is the student's likeliest token the teacher's too, or tied with it? (R,), bool."""
-    # On a CPU two argmaxes would be the dearest thing in the block; max and amax take a third of it.
-    top_R1 = student_RV.max(-1, keepdim=True).indices
-    return teacher_RV.gather(1, top_R1)[:, 0] == teacher_RV.amax(-1)
+    # Shifted logits are 0 at the likeliest token and negative elsewhere, so their sum is 0 only where both
+    # are. On a CPU two argmaxes would be the dearest thing in the block.
+    return (student.shifted + teacher.shifted).amax(-1) == 0
 
 
 def _minus_one_hot_(
