@@ -4,12 +4,13 @@ from accelerate import PartialState
 
 from medistill_trl import memory_plan
 from medistill_trl.inputs import Loaded
+from medistill_trl.methods import Method
 from medistill_trl.prompts import encode_example
 from medistill_trl.recipe import Recipe
 from medistill_trl.setting import Arguments
 
 
-def print_plan(recipe: Recipe, arguments: Arguments, loaded: Loaded) -> None:
+def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loaded) -> None:
     """The dry run: resolved recipe, memory plan, one example as the student will see it."""
     if not PartialState().is_main_process:
         return
@@ -18,7 +19,8 @@ def print_plan(recipe: Recipe, arguments: Arguments, loaded: Loaded) -> None:
     example = encode_example(form, prompt.question, prompt.reference, True, None)
     trained = [token for token in example["labels"] if token >= 0]
     rendered = form.tokenizer.decode(example["input_ids"][: -len(trained)])
-    parts = memory_plan.plan(arguments, loaded.student, loaded.teacher)
+    loss_memory = method.loss_memory or memory_plan.cross_entropy_memory
+    parts = memory_plan.plan(arguments, loaded.student, loaded.teacher, loss_memory)
     print(f"# resolved recipe\n{recipe.to_yaml()}")
     print(f"# memory plan, per device\n{memory_plan.to_text(parts)}\n")
     print(

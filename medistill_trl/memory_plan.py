@@ -6,12 +6,14 @@ with recomputation. Not modelled: allocator fragmentation, the CUDA context, tem
 loading. Not checked against a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
+from medistill_trl.losses.token_kl import block_elements
 from medistill_trl.model_source import ModelSource
 from medistill_trl.setting import Arguments
 
@@ -20,6 +22,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 of those
 # (Dettmers et al. 2023, arXiv 2305.14314, section 3); without, a 32-bit scale per 64.
 BYTES_4BIT = {True: (4 + 8 / 64 + 32 / (64 * 256)) / 8, False: (4 + 32 / 64) / 8}
+BLOCK_BUFFERS = 10  # float32 tensors a block of losses.token_kl holds at a time
 LOSS_ROWS = 256  # completion positions projected to the vocabulary at a time (TRL's chunked_nll)
 
 
@@ -32,10 +35,54 @@ class Part:
     phase: str
 
 
-def plan(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[Part]:
-    """What one device holds, part by part."""
+# (recipe, student's and teacher's config) → what the loss of a method holds while it trains
+LossMemory = Callable[[Arguments, PretrainedConfig, PretrainedConfig], list[Part]]
+
+
+def cross_entropy_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of TRL's chunked_nll: logits, their gradient and the log-softmax, in float32."""
+    size = LOSS_ROWS * student.vocab_size * 4 * 3
+    return [Part(f"loss, {LOSS_ROWS} × {student.vocab_size} logits", size / GB, "train")]
+
+
+def distillation_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `losses.token_kl`: the teacher's forward pass, a layer at a time, and the logits of both models
+    for a chunk of tokens."""
+    args = arguments.training
+    tokens = args.per_device_train_batch_size * longest(arguments)
+    width = 4 * teacher.hidden_size + 2 * teacher.intermediate_size
+    forward = tokens * width * DTYPE_BYTES[arguments.teacher.teacher_dtype]
+    chunk = args.loss_chunk_size * student.vocab_size
+    block = min(chunk, block_elements("cpu" if args.use_cpu else "cuda"))
+    logits = f"loss, {args.loss_chunk_size} × {student.vocab_size} logits of both models"
+    parts = [
+        Part(f"teacher forward, {tokens} tokens", forward / GB, "train"),
+        Part(logits, 4 * (2 * chunk + BLOCK_BUFFERS * block) / GB, "train"),
+    ]
+    if not arguments.student.use_lora:  # summed in float32 over the chunks
+        size = 4 * student.vocab_size * student.hidden_size
+        parts.append(Part("gradient of the output head", size / GB, "train"))
+    return parts
+
+
+def plan(
+    arguments: Arguments,
+    student: ModelSource,
+    teacher: ModelSource,
+    loss_memory: LossMemory = cross_entropy_memory,
+) -> list[Part]:
+    """What one device holds, part by part.
+
+    Args:
+        loss_memory: The method's.
+    """
     counted = [*_held(arguments, student, teacher), *_working(arguments, student, teacher)]
-    return [Part(name, size / GB, phase) for name, size, phase in counted]
+    parts = [Part(name, size / GB, phase) for name, size, phase in counted]
+    return parts + loss_memory(arguments, student.config, teacher.config)
 
 
 def _held(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[tuple]:
@@ -68,14 +115,13 @@ def _held(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> l
 
 
 def _working(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[tuple]:
-    """KV cache, activations and loss, in bytes."""
+    """KV cache and activations, in bytes."""
     t, training = arguments.teacher, arguments.training
     rows = training.per_device_train_batch_size
     window = rows * training.gradient_accumulation_steps
     prompts = DEFAULT_BATCH_SIZE if t.teacher_completions == "stored" else window
     prompts = t.teacher_batch_size or prompts
-    length = arguments.data.max_prompt_tokens + t.teacher_max_new_tokens
-    vocabulary = student.config.vocab_size
+    length = longest(arguments)
     return [
         (
             f"teacher KV cache, {prompts} × {length} tokens",
@@ -87,9 +133,12 @@ def _working(arguments: Arguments, student: ModelSource, teacher: ModelSource) -
             _activations(student.config, rows, length, arguments),
             "train",
         ),
-        # Logits, their gradient and the log-softmax, in float32.
-        (f"loss, {LOSS_ROWS} × {vocabulary} logits", LOSS_ROWS * vocabulary * 4 * 3, "train"),
     ]
+
+
+def longest(arguments: Arguments) -> int:
+    """Tokens of the longest example."""
+    return arguments.data.max_prompt_tokens + arguments.teacher.teacher_max_new_tokens
 
 
 def peak(parts: list[Part]) -> tuple[float, str]:

@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
             methods.names("black_box"),
         )
     if arguments.run.dry_run:
-        print_plan(recipe, arguments, loaded)
+        print_plan(recipe, method, arguments, loaded)
         state.destroy_process_group()
         return None
     inputs = identity(arguments, loaded)

@@ -6,13 +6,16 @@ from conftest import make_model, make_tokenizer
 
 from medistill_trl import memory_plan, model_source
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.methods.logit_kd import LogitKDConfig
 from medistill_trl.methods.sft import SFTDistillConfig
 from medistill_trl.models import load_student, load_tokenizer
 from medistill_trl.setting import Arguments
 
 
-def parts_of(folder, tmp_path, student=None, teacher=None, **training):
-    config = SFTDistillConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **training)
+def parts_of(
+    folder, tmp_path, student=None, teacher=None, config_class=SFTDistillConfig, **training
+):
+    config = config_class(output_dir=str(tmp_path), bf16=False, use_cpu=True, **training)
     arguments = Arguments(
         RunArguments(method="sft"),
         StudentArguments(student_model=str(folder), student_dtype="float32", **(student or {})),
@@ -58,6 +61,21 @@ def test_quantisation_and_checkpointing_lower_the_plan(teacher_folder, tmp_path)
     assert weights == sorted(weights)
     assert len(set(weights)) == 3
     assert gb(four, "student activations") < gb(plain, "student activations")
+
+
+def test_distillation_holds_chunks_of_both_models_logits(teacher_folder, tmp_path):
+    given = {"config_class": LogitKDConfig, "student": {"use_lora": False}}
+    _, arguments, source = parts_of(teacher_folder, tmp_path, loss_chunk_size=64, **given)
+    parts = memory_plan.distillation_memory(arguments, source.config, source.config)
+    vocabulary = source.config.vocab_size
+    # A vocabulary this small is worked on in one block, so ten buffers beside the two models' logits.
+    assert gb(parts, "loss, 64") == pytest.approx(4 * 64 * vocabulary * (2 + 10) / 1e9)
+    assert gb(parts, "gradient of the output head") == pytest.approx(
+        4 * vocabulary * source.config.hidden_size / 1e9
+    )
+    _, arguments, _ = parts_of(teacher_folder, tmp_path, loss_chunk_size=128, **given)
+    twice = memory_plan.distillation_memory(arguments, source.config, source.config)
+    assert gb(twice, "loss, 128") == pytest.approx(2 * gb(parts, "loss, 64"))
 
 
 def test_the_peak_is_the_larger_phase():

@@ -15,6 +15,7 @@ from medistill_trl.recipe import methods
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from medistill_trl.memory_plan import LossMemory
     from medistill_trl.setting import Setting
 
 
@@ -29,6 +30,8 @@ class Method:
             teacher's logits or hidden states for the student's tokens.
         build: From everything that is loaded to a trainer ready to train.
         paper: Where the objective comes from.
+        loss_memory: What the loss holds while training, for the memory plan; None for the
+            cross-entropy of TRL's SFTTrainer.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Method:
     teacher_access: Literal["black_box", "white_box"]
     build: "Callable[[Setting], Trainer]"
     paper: str
+    loss_memory: "LossMemory | None" = None
 
 
 def load(name: str) -> Method:

@@ -18,6 +18,7 @@ import torch
 from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.token_kl import token_scores
 from medistill_trl.losses.token_terms import InverseConfidence, TemperatureRule
+from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer, build_with
 from medistill_trl.setting import Setting
@@ -134,4 +135,5 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 2510.11615",
+    loss_memory=distillation_memory,
 )

@@ -31,6 +31,7 @@ from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
+from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
 from medistill_trl.pairs import PairCollator, encode_completion_pair
 from medistill_trl.prompts import IGNORED, PromptFormat
@@ -389,4 +390,5 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 1503.02531",
+    loss_memory=distillation_memory,
 )
