@@ -7,21 +7,28 @@ A student that is sure sees a sharp teacher, one that is not a soft one.
 
 `difficulty`, AdaKD of arXiv 2510.11615: with s_t the distance of the two distributions (Hellinger),
 T_t = T_base · exp(−c · tanh(log(s_t / median s))), so hard tokens get a low temperature; and of the
-tokens only the hardest share `token_share` is distilled (its token selection, LATF). The median and the
-selection are over a micro-batch's completion tokens on one process.
+tokens only the hardest share is distilled, a share that follows the loss (its token selection, LATF, see
+`TokenFocus`). The median and the selection are over a micro-batch's completion tokens on one process.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
+from medistill_trl.files import write_text
 from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.token_kl import token_scores
+from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import InverseConfidence, TemperatureRule
 from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer, build_with
 from medistill_trl.setting import Setting
+
+FOCUS = "token_focus.json"  # in a checkpoint
 
 
 @dataclass
@@ -35,6 +42,10 @@ class AdaKDConfig(LogitKDConfig):
         "temperature_epsilon": {"min": 0},
         "difficulty_strength": {"min": 0},
         "token_share": {"above": 0, "max": 1},
+        "min_token_share": {"above": 0, "max": 1},
+        "token_share_step": {"min": 0, "below": 1},
+        "token_share_tolerance": {"above": 0, "below": 1},
+        "loss_average_decay": {"min": 0, "below": 1},
     }
 
     temperature_rule: str = field(
@@ -59,7 +70,27 @@ class AdaKDConfig(LogitKDConfig):
     )
     token_share: float = field(
         default=1.0,
-        metadata={"help": "Share of the tokens, hardest first, that are distilled (difficulty)."},
+        metadata={
+            "help": "Share of the tokens, hardest first, that are distilled at the start (difficulty)."
+        },
+    )
+    min_token_share: float = field(
+        default=0.1, metadata={"help": "The share falls no lower (difficulty)."}
+    )
+    token_share_step: float = field(
+        default=0.05,
+        metadata={
+            "help": "σ: how far the share moves at a time, relative to itself; 0 fixes it (difficulty)."
+        },
+    )
+    token_share_tolerance: float = field(
+        default=0.05,
+        metadata={
+            "help": "ε: relative change of the average divergence that moves the share (difficulty)."
+        },
+    )
+    loss_average_decay: float = field(
+        default=0.99, metadata={"help": "Of that running average, per step (difficulty)."}
     )
 
     def __post_init__(self):
@@ -68,6 +99,11 @@ class AdaKDConfig(LogitKDConfig):
             raise ValueError(
                 f"min_temperature must not exceed max_temperature, got {self.min_temperature} and "
                 f"{self.max_temperature}"
+            )
+        if self.min_token_share > self.token_share:
+            raise ValueError(
+                f"min_token_share must not exceed token_share, got {self.min_token_share} and "
+                f"{self.token_share}"
             )
 
 
@@ -94,10 +130,61 @@ def hardest(scores_N: torch.Tensor, share: float) -> torch.Tensor:
     return kept_N
 
 
+@dataclass
+class TokenFocus:
+    """LATF of arXiv 2510.11615: the share of the tokens that is distilled follows the loss.
+
+    Where the running average of the divergence has fallen by ε since the share last moved, the student is
+    learning, and the share shrinks to the harder tokens: r ← max(r (1−σ), r_min). Where it has risen by ε,
+    the share widens: r ← min(r (1+σ), 1). The average is of all completion tokens' divergence, chosen or
+    not, so that moving the share does not itself move what it is judged by.
+
+    Args:
+        share: r, from 0 to 1.
+        average: Nats; None before the first step.
+        reference: The average when the share last moved; None until learning rates have warmed up.
+    """
+
+    share: float
+    average: float | None = None
+    reference: float | None = None
+
+    def observe(self, divergence: float, args: AdaKDConfig, warmed_up: bool) -> None:
+        """One optimizer step's mean divergence, in nats."""
+        decay = args.loss_average_decay
+        before = divergence if self.average is None else self.average
+        self.average = decay * before + (1 - decay) * divergence
+        if self.reference is None:
+            self.reference = self.average if warmed_up else None
+            return
+        change = self.average / self.reference - 1 if self.reference > 0 else 0.0
+        if abs(change) <= args.token_share_tolerance:
+            return
+        factor = 1 - args.token_share_step if change < 0 else 1 + args.token_share_step
+        self.share = min(1.0, max(args.min_token_share, self.share * factor))
+        self.reference = self.average
+
+
+class _FollowLoss(TrainerCallback):
+    def __init__(self, trainer: "AdaKDTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.follow_loss()
+
+
 class AdaKDTrainer(LogitKDTrainer):
     """`LogitKDTrainer` with a temperature per token."""
 
     _name = "AdaKD"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.focus = TokenFocus(self.args.token_share)
+        self._step = TokenMeans()
+        self.selects = self.args.temperature_rule == "difficulty"
+        if self.selects and self.args.token_share_step > 0:
+            self.add_callback(_FollowLoss(self))
 
     def _temperatures(
         self,
@@ -121,7 +208,35 @@ class AdaKDTrainer(LogitKDTrainer):
         temperatures_N = difficulty_temperatures(
             scores_N, args.base_temperature, args.difficulty_strength, *bounds
         )
-        return temperatures_N, hardest(scores_N, args.token_share)
+        return temperatures_N, hardest(scores_N, self.focus.share)
+
+    def _record(self, sums: dict[str, torch.Tensor]) -> None:
+        super()._record(sums)
+        if self.model.training:
+            self._step.add({name: sums[name] for name in ("tokens", "divergence")})
+
+    def follow_loss(self) -> None:
+        """Let the share follow the step that has just been taken, the same on every process."""
+        means = self._step.take(self.accelerator)
+        warmed_up = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps)
+        self.focus.observe(means["divergence_nats"], self.args, warmed_up)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.selects and self.model.training:
+            logs = {**logs, "token_share": self.focus.share}
+        super().log(logs, start_time)
+
+    # The share belongs to what a resumed run goes on from.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_text(Path(output_dir) / FOCUS, json.dumps(asdict(self.focus)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.focus = TokenFocus(**json.loads((Path(checkpoint) / FOCUS).read_text()))
 
 
 def build(setting: Setting) -> AdaKDTrainer:

@@ -287,7 +287,7 @@ class LogitKDTrainer(GKDTrainer):
                 vocab_size=self.shared,
                 chunk_size=self.args.loss_chunk_size,
             )
-        self._means[self._mode].add(sums)
+        self._record(sums)
         return loss if alpha is not None else self.args.alpha * loss
 
     def _temperatures(
@@ -325,6 +325,9 @@ class LogitKDTrainer(GKDTrainer):
             hook.remove()
 
     # --- the log ---------------------------------------------------------------------------------
+
+    def _record(self, sums: dict[str, torch.Tensor]) -> None:
+        self._means[self._mode].add(sums)
 
     @property
     def _mode(self) -> str:

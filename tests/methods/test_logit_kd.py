@@ -12,7 +12,7 @@ from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
-from medistill_trl.methods.adakd import difficulty_temperatures, hardest
+from medistill_trl.methods.adakd import AdaKDConfig, TokenFocus, difficulty_temperatures, hardest
 from medistill_trl.models import _set_generation
 from medistill_trl.pairs import encode_completion_pair
 from medistill_trl.prompts import IGNORED, PromptFormat
@@ -166,6 +166,55 @@ def test_difficulty_trains_and_logs_its_temperatures(tmp_path):
     assert logged(trainer)[0] > 0.5 * ce  # the divergence of half of the tokens comes on top
     full = trained(tmp_path / "full", "adakd", **ONE_STEP, **changes | {"token_share": 1.0})[1]
     assert logged(full)[0] > logged(trainer)[0]
+
+
+def test_the_share_of_tokens_follows_the_loss(tmp_path):
+    """Average without memory, ε 10 %, σ ½: down to the bound while the loss falls, up while it rises."""
+    args = AdaKDConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        loss_average_decay=0.0,
+        token_share_tolerance=0.1,
+        token_share_step=0.5,
+        min_token_share=0.2,
+    )
+    focus = TokenFocus(1.0)
+    focus.observe(9.0, args, warmed_up=False)
+    assert (focus.share, focus.reference) == (1.0, None)
+    shares = []
+    for loss in (4.0, 3.8, 3.5, 3.0, 2.0, 2.1, 3.0, 4.0, 9.0, 20.0, 40.0):
+        focus.observe(loss, args, warmed_up=True)
+        shares.append(focus.share)
+    # 4 is the first reference; 3.8 is within 10 % of it, 3.5 is not.
+    expected = [1, 1, 0.5, 0.25, 0.2, 0.2, 0.3, 0.45, 0.675, 1, 1]
+    assert shares == pytest.approx(expected)
+    smooth = TokenFocus(1.0, average=4.0, reference=4.0)
+    args.loss_average_decay = 0.75
+    smooth.observe(2.0, args, warmed_up=True)
+    assert (smooth.average, smooth.share) == (3.5, 0.5)
+
+
+def test_the_share_moves_while_training_and_is_resumed(tmp_path):
+    changes = {
+        "temperature_rule": "difficulty",
+        "token_share_step": 0.25,
+        "token_share_tolerance": 1e-6,
+        "loss_average_decay": 0.0,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    _, trainer, _ = trained(tmp_path, "adakd", **changes)
+    shares = logged(trainer, "token_share")
+    assert len(shares) == 6
+    assert shares[0] == 1.0  # the first step only sets the reference
+    assert len(set(shares)) > 3
+    setting = make_setting(tmp_path, "adakd", **changes)
+    again = methods.load("adakd").build(setting)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    assert logged(again, "token_share") == shares
+    assert logged(again) == logged(trainer)
 
 
 @pytest.mark.parametrize(("mode", "lmbda"), [("online", 0), ("stored", 0), ("online", 1.0)])
