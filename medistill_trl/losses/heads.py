@@ -10,12 +10,38 @@ Shapes: C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+
+
+@contextmanager
+def last_hidden_states(model: PreTrainedModel) -> Iterator[SimpleNamespace]:
+    """Keeps the decoder's last hidden states, after the final norm, of the forward passes within.
+
+    For losses that do without logits but need a forward of the whole model, which is what DDP sees.
+
+    Args:
+        model: A causal language model, not wrapped by DDP; `hidden_BTH` of what is yielded is set by
+            its forward.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    seen = SimpleNamespace(hidden_BTH=None)
+
+    def keep(module, inputs, output):
+        seen.hidden_BTH = output.last_hidden_state
+
+    hook = base.get_decoder().register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 class Projection(ABC):

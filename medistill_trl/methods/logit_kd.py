@@ -12,14 +12,11 @@ right tokens, so they carry the divergence alone.
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -27,7 +24,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses import divergences
-from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.heads import OutputHead, last_hidden_states
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
@@ -234,7 +231,7 @@ class LogitKDTrainer(GKDTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.accelerator.unwrap_model(model)
-        with self._last_hidden(student) as seen:
+        with last_hidden_states(student) as seen:
             # The head sees one position a row, for the sake of DDP, which must see a forward.
             model(
                 input_ids=inputs["input_ids"],
@@ -308,21 +305,6 @@ class LogitKDTrainer(GKDTrainer):
             use_cache=False,
         ).last_hidden_state
         return completion_states(states, inputs["teacher_labels"].to(model.device))[0]
-
-    @contextmanager
-    def _last_hidden(self, student: PreTrainedModel) -> Iterator[SimpleNamespace]:
-        """Keeps the decoder's last hidden states of the forward passes within."""
-        base = student.get_base_model() if isinstance(student, PeftModel) else student
-        seen = SimpleNamespace(hidden_BTH=None)
-
-        def keep(module, inputs, output):
-            seen.hidden_BTH = output.last_hidden_state
-
-        hook = base.get_decoder().register_forward_hook(keep)
-        try:
-            yield seen
-        finally:
-            hook.remove()
 
     # --- the log ---------------------------------------------------------------------------------
 
