@@ -1,6 +1,7 @@
 """Everything a method may use to build its trainer, loaded and checked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 from trl import SFTConfig
@@ -11,6 +12,7 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.prompts import PromptFormat
+from medistill_trl.run_directory import RunDirectory
 from medistill_trl.teacher import Completion, Sampling, Teacher
 
 
@@ -53,19 +55,36 @@ class Setting:
     def sampling(self) -> Sampling:
         return sampling_of(self.arguments.teacher)
 
+    @property
+    def run_directory(self) -> RunDirectory:
+        """Where a method may leave results of its own; the trainer's folder lies in it."""
+        return RunDirectory(Path(self.arguments.training.output_dir).parent)
+
     def stored_completions(self, samples: int) -> list[list[Completion]]:
         """The teacher's completions of every training prompt; it writes only what the store lacks.
 
         Args:
             samples: Completions of each prompt.
         """
+        questions = [prompt.question for prompt in self.train_prompts]
+        return self.draw(questions, self.sampling, samples, "teacher completions")
+
+    def draw(
+        self, questions: list[str], sampling: Sampling, samples: int, label: str
+    ) -> list[list[Completion]]:
+        """The teacher's completions of any questions, by way of the store.
+
+        Args:
+            label: Of the progress bar.
+        """
         before = self.teacher.generated_tokens
         drawn = self.store.draw(
             self.teacher,
-            [self.teacher.form.render(prompt.question) for prompt in self.train_prompts],
-            self.sampling,
+            [self.teacher.form.render(question) for question in questions],
+            sampling,
             samples,
             self.arguments.teacher.teacher_batch_size,
+            label,
         )
         self.totals.generated_teacher += self.teacher.generated_tokens - before
         return drawn
