@@ -1,4 +1,4 @@
-"""What a teacher gives: completions of prompts, and logits on given tokens.
+"""What a teacher gives: completions of prompts, and logits or likelihoods on given tokens.
 
 Shapes: P prompt tokens, C completion tokens, V vocabulary.
 """
@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medistill_trl.prompts import PromptFormat
+from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.prompts import IGNORED, PromptFormat
 
 DRAWS_PER_STEP = 4096  # prompts of an accumulation window on one process, at most
 
@@ -199,3 +202,34 @@ def completion_logits(
         use_cache=False,
     ).logits
     return logits[0]
+
+
+@torch.no_grad()
+def mean_log_likelihoods(model: PreTrainedModel, examples: Sequence[dict]) -> list[float]:
+    """How likely a model finds completions: the mean log-probability of their tokens, in nats.
+
+    One forward for all; only the states that predict completion tokens go through the output head, a chunk
+    at a time.
+
+    Args:
+        examples: `input_ids` and `labels` as `encode_example` gives them.
+
+    Returns:
+        At most 0; 0 for an example without completion tokens.
+    """
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    labels_BT = pad_sequence([torch.tensor(e["labels"]) for e in examples], True, IGNORED)
+    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], True)
+    # What stands in the padding is masked and on the right: any token will do.
+    hidden_BTH = model.get_decoder()(
+        input_ids=pad_sequence(ids, True).to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        use_cache=False,
+    ).last_hidden_state
+    head = OutputHead.of(model)
+    scores = []
+    for hidden_TH, labels_T in zip(hidden_BTH, labels_BT.to(model.device), strict=True):
+        states_NH, targets_N = completion_states(hidden_TH[None], labels_T[None])
+        loss, _ = distillation_loss(states_NH, targets_N, head, alpha=0.0, metrics=False)
+        scores.append(-loss.item() / max(1, len(targets_N)))
+    return scores
