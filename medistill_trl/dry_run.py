@@ -16,7 +16,8 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
         return
     prompt = loaded.train_prompts[0]
     form = loaded.student_form
-    example = encode_example(form, prompt.question, prompt.reference, True, None)
+    asked, target = method.example(arguments.training, prompt)
+    example = encode_example(form, prompt.question, target, True, None)
     trained = [token for token in example["labels"] if token >= 0]
     rendered = form.tokenizer.decode(example["input_ids"][: -len(trained)])
     loss_memory = method.loss_memory or memory_plan.cross_entropy_memory
@@ -27,12 +28,12 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
         f"# prompts: {len(loaded.train_prompts)} to train on, {len(loaded.validation_prompts)} held out\n"
     )
     print(
-        f"# one example ({prompt.id}), what the teacher is asked\n{loaded.teacher_form.render(prompt.question)}\n"
+        f"# one example ({prompt.id}), what the teacher is asked\n{loaded.teacher_form.render(asked)}\n"
     )
     print(f"# what the student sees, {len(rendered)} characters without loss\n{rendered}\n")
     print(
-        f"# what it learns: the teacher's completion, at most {arguments.teacher.teacher_max_new_tokens} "
-        f"teacher tokens; here the reference stands in for it, {len(trained)} tokens with loss\n"
+        "# what it learns: what the teacher writes; here the reference stands in for it, "
+        f"{len(trained)} tokens with loss\n"
         f"{form.tokenizer.decode(trained)}\n"
     )
     print("dry run: everything checked, nothing trained")

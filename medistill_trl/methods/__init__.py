@@ -14,9 +14,15 @@ from medistill_trl.recipe import methods
 
 if TYPE_CHECKING:
     from transformers import Trainer
+    from trl import SFTConfig
 
+    from medistill_trl.data import Prompt
     from medistill_trl.memory_plan import LossMemory
     from medistill_trl.setting import Setting
+
+
+def _plain_example(config: "SFTConfig", prompt: "Prompt") -> tuple[str, str]:
+    return prompt.question, prompt.reference
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Method:
         paper: Where the objective comes from.
         loss_memory: What the loss holds while training, for the memory plan; None for the
             cross-entropy of TRL's SFTTrainer.
+        example: From the method's config and a prompt to what the teacher is asked, and what the student
+            would learn if the teacher wrote the reference; for the dry run.
     """
 
     name: str
@@ -40,6 +48,7 @@ class Method:
     build: "Callable[[Setting], Trainer]"
     paper: str
     loss_memory: "LossMemory | None" = None
+    example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
 
 
 def load(name: str) -> Method:
