@@ -31,7 +31,7 @@ img {{ max-width: 100%; }} .note {{ color: #666; }} .big {{ font-size: 1.25rem; 
 <img alt="training curves" src="data:image/png;base64,{curves}">
 <h2>What the run used</h2>
 <table>{cost_rows}</table>
-<h2>The same questions, asked before and after</h2>
+{rationales}<h2>The same questions, asked before and after</h2>
 {examples}
 <h2>Recipe</h2>
 <pre>{recipe}</pre>
@@ -61,6 +61,7 @@ def write_report(run: RunDirectory) -> Path:
         note=html.escape(after.get("note", "")),
         curves=base64.b64encode((run.results / "training_curves.png").read_bytes()).decode(),
         cost_rows=_cost_rows(record),
+        rationales=_rationales(run),
         examples="".join(_example(example) for example in examples),
         recipe=html.escape(run.recipe.read_text(encoding="utf-8")),
     )
@@ -107,6 +108,21 @@ def _cost_rows(record: dict) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in rows.items()
     )
+
+
+def _rationales(run: RunDirectory) -> str:
+    """What became of the rationales, where the method draws any."""
+    if not (run.results / "rationales_summary.json").exists():
+        return ""
+    content = run.read_result("rationales_summary.json")
+    prompts = content["prompts"]
+    counts = {fate: count for fate, count in content["by_fate"].items() if count}
+    counts |= {f"prompts: {name}": count for name, count in prompts.items()}
+    rows = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="number">{count:,}</td></tr>'
+        for name, count in counts.items()
+    )
+    return f"<h2>What became of the {content['drawn']:,} rationales</h2><table>{rows}</table>"
 
 
 def _example(example: dict) -> str:
