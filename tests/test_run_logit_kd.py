@@ -13,7 +13,7 @@ RECIPES = {method: f"recipes/{method}.yaml" for method in ("logit_kd", "adakd")}
 EMBEDDED = "recipes/overlays/embedded.yaml"
 ADAPTER = "final_model/adapter_model.safetensors"
 # Plain SGD: unlike Adam it does not hide a loss that is off by a factor.
-PLAIN = ["--optim", "sgd", "--learning_rate", 1, "--max_grad_norm", 0, "--lora_dropout", 0]
+PLAIN = ["--optim", "sgd", "--max_grad_norm", 0, "--lora_dropout", 0, "--learning_rate"]
 
 
 def record(run):
@@ -44,7 +44,7 @@ def test_two_steps_of_each_recipe(tiny_overlay, tmp_path, method):
 
 
 def test_two_processes_take_the_steps_of_one(tiny_overlay, tmp_path):
-    flags = [*PLAIN, "--max_steps", 2, "--lmbda", 0]
+    flags = [*PLAIN, 1, "--max_steps", 2, "--lmbda", 0]
     result = launch(RECIPES["logit_kd"], tiny_overlay, *flags, config="cpu_ddp.yaml")
     assert result.returncode == 0, result.stderr[-4000:]
     rows = ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one"]
@@ -103,7 +103,7 @@ def test_a_pair_with_different_tokenizers_is_refused_and_told_what_works(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RECIPES)
 def test_the_embedded_pair_in_one_process_and_in_two(tmp_path, model_cache, method):
-    flags = [*PLAIN, "--learning_rate", "0.05", "--max_steps", 4, "--teacher_max_new_tokens", 24]
+    flags = [*PLAIN, 0.05, "--max_steps", 4, "--teacher_max_new_tokens", 24]
     flags += ["--teacher_temperature", 0, "--completion_store", tmp_path / "c.sqlite"]
     for config, rows in (("cpu.yaml", 4), ("cpu_ddp.yaml", 2)):
         words = ["--per_device_train_batch_size", rows, "--output_dir", tmp_path / config]
