@@ -25,10 +25,9 @@ def training_curves(run: RunDirectory) -> Path:
     history, heldout = record["log_history"], record["heldout"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot(*series(history, "loss"), color=BLUE, label="training loss")
-    left.plot(*series(history, "eval_loss"), color=ORANGE, marker="o", label="held-out loss")
-    left.set(
-        title="Loss", xlabel="optimizer step", ylabel="nats per completion token", ylim=(0, None)
-    )
+    if any("eval_loss" in entry for entry in history):  # SPIN has none
+        left.plot(*series(history, "eval_loss"), color=ORANGE, marker="o", label="held-out loss")
+    left.set(title="Loss", xlabel="optimizer step", ylabel="nats", ylim=(0, None))
     left.legend(frameon=False)
     last_step = max(entry["step"] for entry in history)
     for key, color, label in (
