@@ -49,7 +49,7 @@ ONE_STEP = {"num_iterations": 1, "per_device_train_batch_size": 8, "gradient_acc
 
 
 def make_setting(
-    tmp_path, lora=True, form=None, teacher_form=None, teacher_model=None, **training
+    tmp_path, lora=True, form=None, teacher_form=None, teacher_model=None, dtype=None, **training
 ) -> Setting:
     form = form or make_form()
     teacher_form = teacher_form or form
@@ -64,6 +64,9 @@ def make_setting(
         student = get_peft_model(
             student, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
         )
+    if dtype is not None:  # as TRL casts the adapter of a quantised student
+        for parameter in student.parameters():
+            parameter.data = parameter.data.to(dtype if parameter.requires_grad else torch.float32)
     store = CompletionStore(tmp_path / "c.sqlite")
     config = SpinConfig(output_dir=str(tmp_path / "checkpoints"), **{**TINY, **training})
     arguments = Arguments(
@@ -435,6 +438,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "epochs_per_iteration": 2, 
     [
         ({"num_iterations": 2}, range(1, 8)),
         ({"lora": False}, (1, 4, 7, 8)),
+        ({"dtype": torch.bfloat16, "num_iterations": 2}, (1, 6)),
         ({"reference": "none", "keep_rounds": 2}, (1, 4, 11, 12)),
     ],
     ids=str,
