@@ -110,6 +110,7 @@ def killed_at(words, round_file, lines):
     return False
 
 
+@pytest.mark.slow
 def test_killed_while_the_student_writes_and_resumed_it_is_the_same_run(finished, tmp_path):
     straight, overlay, rows, _ = finished
     killed = tmp_path / "killed"

@@ -44,15 +44,15 @@ TINY = {
     "generation_batch_size": 3,
     "max_length": 200,
 }
+FORM = make_form()
 # The loss before any step, in one batch.
 ONE_STEP = {"num_iterations": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 def make_setting(
-    tmp_path, lora=True, form=None, teacher_form=None, teacher_model=None, dtype=None, **training
+    tmp_path, lora=True, teacher_form=FORM, teacher_model=None, dtype=None, **training
 ) -> Setting:
-    form = form or make_form()
-    teacher_form = teacher_form or form
+    form = FORM
     if teacher_model is None:
         teacher_model = make_model(len(teacher_form.tokenizer), seed=1)
     _set_generation(teacher_model.requires_grad_(False).eval(), teacher_form.tokenizer)
@@ -167,7 +167,7 @@ def test_checkpoints_hold_the_reference_and_the_final_model_does_not(tmp_path):
     assert (tmp_path / "checkpoints/checkpoint-2/ref/adapter_model.safetensors").is_file()
     trainer.save_model(str(tmp_path / "final_model"))
     assert not (tmp_path / "final_model/ref").exists()
-    base = make_model(len(make_form().tokenizer), layers=2, seed=2)
+    base = make_model(len(FORM.tokenizer), layers=2, seed=2)
     loaded = PeftModel.from_pretrained(base, tmp_path / "final_model")
     weights = [p for n, p in loaded.named_parameters() if ".lora_" in n]
     assert same([w.data for w in weights], policy(trainer))
@@ -271,10 +271,9 @@ def test_equal_pairs_are_counted_and_left_out_of_loss_and_mean(tmp_path, monkeyp
 
 def test_a_student_that_writes_what_the_teacher_writes_has_nothing_to_learn(tmp_path):
     """Teacher and student the same model, greedy: the run ends without moving it."""
-    form = make_form()
-    twin = make_model(len(form.tokenizer), layers=2, seed=2)
+    twin = make_model(len(FORM.tokenizer), layers=2, seed=2)
     trainer = make_trainer(
-        tmp_path, form=form, teacher_model=twin, generation_temperature=0.0, weight_decay=0.0
+        tmp_path, teacher_model=twin, generation_temperature=0.0, weight_decay=0.0
     )
     before = policy(trainer)
     trainer.train()
@@ -433,34 +432,46 @@ def test_the_two_tokenizers_may_differ(tmp_path):
 SAVING = {"save_strategy": "steps", "save_steps": 1, "epochs_per_iteration": 2, "num_iterations": 3}
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps"),
-    [
-        ({"num_iterations": 2}, range(1, 8)),
-        ({"lora": False}, (1, 4, 7, 8)),
-        ({"dtype": torch.bfloat16, "num_iterations": 2}, (1, 6)),
-        ({"reference": "none", "keep_rounds": 2}, (1, 4, 11, 12)),
-    ],
-    ids=str,
-)
-def test_resumed_after_any_step_it_is_the_same_run_bit_for_bit(tmp_path, kind, steps):
-    """4 steps an iteration, 8 where two rounds are kept: within iterations and between them."""
+KINDS = [
+    {},
+    {"lora": False},
+    {"reference": "none", "keep_rounds": 2},
+    {"dtype": torch.bfloat16, "num_iterations": 2},
+]
+
+
+def assert_resumed_is_straight(tmp_path, kind, steps):
+    """Of 4 steps an iteration, 8 where two rounds are kept."""
     kind = SAVING | kind
     straight = trained(tmp_path / "straight", **kind)
-    assert straight.state.global_step == straight.schedule.num_steps > max(steps)
-    for step in steps:
+    for step in steps or range(1, straight.schedule.num_steps):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "straight/rounds", folder / "rounds")
         shutil.copytree(tmp_path / "straight/results", folder / "results")
-        # What a kill right after this step leaves: no later round, no later record.
+        # What a kill right after this step leaves: no later round.
         last = straight.schedule.iteration_at(step - 1)
         for number in range(last + 1, kind["num_iterations"]):
             (folder / f"rounds/round-{number}.jsonl").unlink()
         checkpoint = tmp_path / f"straight/checkpoints/checkpoint-{step}"
-        resumed = trained(folder, checkpoint, **kind | {"save_strategy": "no"})
+        resumed = trained(folder, checkpoint, **kind)
         assert same(policy(resumed), policy(straight)), step
         assert records(folder) == records(tmp_path / "straight"), step
         assert logged(resumed) == logged(straight), step
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_resumed_within_an_iteration_it_is_the_same_run_bit_for_bit(tmp_path, kind):
+    assert_resumed_is_straight(tmp_path, kind | {"num_iterations": 2, "save_steps": 6}, (6,))
+
+
+def test_resumed_between_iterations_it_is_the_same_run_bit_for_bit(tmp_path):
+    assert_resumed_is_straight(tmp_path, {"num_iterations": 2, "save_steps": 4}, (4,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_resumed_after_every_step_it_is_the_same_run_bit_for_bit(tmp_path, kind):
+    assert_resumed_is_straight(tmp_path, kind, None)
 
 
 class Killed(Exception):
@@ -481,7 +492,7 @@ def kill_after(monkeypatch, calls):
 @pytest.mark.parametrize("calls", [1, 4])
 def test_killed_while_the_student_writes_no_answer_is_written_twice(tmp_path, monkeypatch, calls):
     """Batches of 3, 3 and 2 prompts a round: killed in the first round, and in the second."""
-    settings = SAVING | {"num_iterations": 2}
+    settings = SAVING | {"num_iterations": 2, "save_steps": 4}
     straight = trained(tmp_path / "straight", **settings)
     folder = tmp_path / "killed"
     with monkeypatch.context() as patch:
@@ -514,7 +525,7 @@ def test_answers_of_other_weights_are_written_anew(tmp_path):
 
 
 def test_in_the_middle_of_an_iteration_its_round_must_be_there(tmp_path):
-    trained(tmp_path, **SAVING)
+    trained(tmp_path, **SAVING | {"save_steps": 6, "max_steps": 6})
     checkpoint = tmp_path / "checkpoints/checkpoint-6"
     file = tmp_path / "rounds/round-1.jsonl"
     file.write_text(file.read_text().replace('"weights": "', '"weights": "0'))
