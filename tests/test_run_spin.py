@@ -20,7 +20,7 @@ SPIN = "recipes/spin.yaml"
 EMBEDDED = "recipes/overlays/embedded.yaml"
 ADAPTER = "final_model/adapter_model.safetensors"
 # Plain SGD: unlike Adam it does not hide a loss that is off by a factor. 16 prompts, 4 a step: 3 × 4 steps.
-PLAIN = ["--optim", "sgd", "--learning_rate", 0.05, "--max_grad_norm", 0, "--save_steps", 3]
+PLAIN = ["--optim", "sgd", "--max_grad_norm", 0, "--save_steps", 3]
 PLAIN += ["--keep_rounds", 1, "--epochs_per_iteration", 1, "--generation_batch_size", 3]
 
 
@@ -47,6 +47,7 @@ def finished(tmp_path_factory, teacher_folder, model_cache):
     folder = tmp_path_factory.mktemp("finished")
     overlay = write_tiny_overlay(folder, teacher_folder)
     rows = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
+    rows += ["--learning_rate", 0.05]
     result = launch(SPIN, overlay, *PLAIN, *rows)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder / "run", overlay, rows, result
@@ -78,6 +79,7 @@ def test_two_processes_take_the_steps_of_one(finished, tmp_path):
     one, overlay, _, _ = finished
     two = tmp_path / "two"
     rows = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1]
+    rows += ["--learning_rate", 0.05]
     result = launch(SPIN, overlay, *PLAIN, *rows, "--output_dir", two, config="cpu_ddp.yaml")
     assert result.returncode == 0, result.stderr[-4000:]
     assert record(two)["num_processes"] == 2
