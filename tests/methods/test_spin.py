@@ -1,116 +1,33 @@
-"""SPIN's training: reference, pairs, loss, iterations, and resuming anywhere."""
+"""SPIN's training: reference, pairs, loss and iterations."""
 
 import copy
 import itertools
 import json
 import math
-import shutil
 
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from test_sft import PROMPTS, make_form
+from peft import PeftModel
+from spin_runs import (
+    FORM,
+    ONE_STEP,
+    PROMPTS,
+    answers,
+    logged,
+    make_form,
+    make_setting,
+    make_trainer,
+    policy,
+    records,
+    same,
+    trained,
+)
 from transformers import TrainerCallback
 
 from medistill_trl import methods
-from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.checkpoints import Totals
-from medistill_trl.completion_store import CompletionStore
-from medistill_trl.errors import RunFailed
-from medistill_trl.heldout import HeldoutCheck
-from medistill_trl.methods.spin import SpinConfig
 from medistill_trl.methods.spin import trainer as spin_trainer
-from medistill_trl.models import _set_generation
 from medistill_trl.pipeline import build_trainer
-from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Teacher
-
-TINY = {
-    "num_iterations": 3,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 3e-3,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "optim": "adamw_torch",
-    "lr_scheduler_type": "linear",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "logging_nan_inf_filter": False,
-    "generation_batch_size": 3,
-    "max_length": 200,
-}
-FORM = make_form()
-# The loss before any step, in one batch.
-ONE_STEP = {"num_iterations": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-
-
-def make_setting(
-    tmp_path, lora=True, teacher_form=FORM, teacher_model=None, dtype=None, **training
-) -> Setting:
-    form = FORM
-    if teacher_model is None:
-        teacher_model = make_model(len(teacher_form.tokenizer), seed=1)
-    _set_generation(teacher_model.requires_grad_(False).eval(), teacher_form.tokenizer)
-    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
-    student = make_model(len(form.tokenizer), layers=2, seed=2)
-    _set_generation(student, form.tokenizer)
-    if lora:
-        torch.manual_seed(0)
-        student = get_peft_model(
-            student, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        )
-    if dtype is not None:  # as TRL casts the adapter of a quantised student
-        for parameter in student.parameters():
-            parameter.data = parameter.data.to(dtype if parameter.requires_grad else torch.float32)
-    store = CompletionStore(tmp_path / "c.sqlite")
-    config = SpinConfig(output_dir=str(tmp_path / "checkpoints"), **{**TINY, **training})
-    arguments = Arguments(
-        RunArguments(method="spin"),
-        StudentArguments(student_model="s", use_lora=lora),
-        TeacherArguments("t", teacher_max_new_tokens=10, teacher_completions="stored"),
-        DataArguments(train_file="t", validation_file="v", max_prompt_tokens=150),
-        config,
-    )
-    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
-    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
-
-
-def make_trainer(tmp_path, **kwargs):
-    return build_trainer(methods.load("spin"), make_setting(tmp_path, **kwargs))
-
-
-def trained(tmp_path, checkpoint=None, **kwargs):
-    trainer = make_trainer(tmp_path, **kwargs)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return trainer
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def policy(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
-
-
-def same(one, other):
-    return len(one) == len(other) > 0 and all(
-        torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
-
-
-def records(folder):
-    return json.loads((folder / "results/spin_iterations.json").read_text())["iterations"]
-
-
-def answers(folder, number):
-    lines = (folder / f"rounds/round-{number}.jsonl").read_text().splitlines()[1:]
-    return {row["id"]: row["rejected"] for row in map(json.loads, lines)}
 
 
 class Watch(TrainerCallback):
@@ -425,112 +342,6 @@ def test_the_two_tokenizers_may_differ(tmp_path):
         ids = [n for n in pair.chosen_ids if n != trainer.form.tokenizer.eos_token_id]
         assert trainer.form.tokenizer.decode(ids, skip_special_tokens=True) == completion.text
     assert all(math.isfinite(loss) for loss in logged(trainer))
-
-
-# --- resuming --------------------------------------------------------------------------------------
-
-SAVING = {"save_strategy": "steps", "save_steps": 1, "epochs_per_iteration": 2, "num_iterations": 3}
-
-
-KINDS = [
-    {},
-    {"lora": False},
-    {"reference": "none", "keep_rounds": 2},
-    {"dtype": torch.bfloat16, "num_iterations": 2},
-]
-
-
-def assert_resumed_is_straight(tmp_path, kind, steps):
-    """Of 4 steps an iteration, 8 where two rounds are kept."""
-    kind = SAVING | kind
-    straight = trained(tmp_path / "straight", **kind)
-    for step in steps or range(1, straight.schedule.num_steps):
-        folder = tmp_path / f"from-{step}"
-        shutil.copytree(tmp_path / "straight/rounds", folder / "rounds")
-        shutil.copytree(tmp_path / "straight/results", folder / "results")
-        # What a kill right after this step leaves: no later round.
-        last = straight.schedule.iteration_at(step - 1)
-        for number in range(last + 1, kind["num_iterations"]):
-            (folder / f"rounds/round-{number}.jsonl").unlink()
-        checkpoint = tmp_path / f"straight/checkpoints/checkpoint-{step}"
-        resumed = trained(folder, checkpoint, **kind)
-        assert same(policy(resumed), policy(straight)), step
-        assert records(folder) == records(tmp_path / "straight"), step
-        assert logged(resumed) == logged(straight), step
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_resumed_within_an_iteration_it_is_the_same_run_bit_for_bit(tmp_path, kind):
-    assert_resumed_is_straight(tmp_path, kind | {"num_iterations": 2, "save_steps": 6}, (6,))
-
-
-def test_resumed_between_iterations_it_is_the_same_run_bit_for_bit(tmp_path):
-    assert_resumed_is_straight(tmp_path, {"num_iterations": 2, "save_steps": 4}, (4,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_resumed_after_every_step_it_is_the_same_run_bit_for_bit(tmp_path, kind):
-    assert_resumed_is_straight(tmp_path, kind, None)
-
-
-class Killed(Exception):
-    """Stands for the kill."""
-
-
-def kill_after(monkeypatch, calls):
-    original, count = spin_trainer.complete, iter(range(calls))
-
-    def complete(*args):
-        if next(count, None) is None:
-            raise Killed
-        return original(*args)
-
-    monkeypatch.setattr(spin_trainer, "complete", complete)
-
-
-@pytest.mark.parametrize("calls", [1, 4])
-def test_killed_while_the_student_writes_no_answer_is_written_twice(tmp_path, monkeypatch, calls):
-    """Batches of 3, 3 and 2 prompts a round: killed in the first round, and in the second."""
-    settings = SAVING | {"num_iterations": 2, "save_steps": 4}
-    straight = trained(tmp_path / "straight", **settings)
-    folder = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        kill_after(patch, calls)
-        with pytest.raises(Killed):
-            trained(folder, **settings)
-    partial = (folder / f"rounds/round-{calls // 3}.jsonl").read_text()
-    assert len(partial.splitlines()) == 1 + 3 * (calls % 3)
-    asked = []
-    original = spin_trainer.complete
-    monkeypatch.setattr(spin_trainer, "complete", lambda *a: asked.append(1) or original(*a))
-    checkpoint = folder / "checkpoints/checkpoint-4" if calls > 3 else None
-    resumed = trained(folder, checkpoint, **settings)
-    assert len(asked) == 6 - calls
-    assert (folder / f"rounds/round-{calls // 3}.jsonl").read_text().startswith(partial)
-    assert same(policy(resumed), policy(straight))
-    assert answers(folder, 1) == answers(tmp_path / "straight", 1)
-    assert records(folder) == records(tmp_path / "straight")
-
-
-def test_answers_of_other_weights_are_written_anew(tmp_path):
-    trained(tmp_path, num_iterations=1)
-    kept = answers(tmp_path, 0)
-    file = tmp_path / "rounds/round-0.jsonl"
-    file.write_text(file.read_text().replace('"weights": "', '"weights": "0'))
-    spoiled = file.read_text().replace(f'"id": "{PROMPTS[0].id}"', '"id": "spoiled"')
-    file.write_text(spoiled)
-    trained(tmp_path, num_iterations=1)
-    assert answers(tmp_path, 0) == kept
-
-
-def test_in_the_middle_of_an_iteration_its_round_must_be_there(tmp_path):
-    trained(tmp_path, **SAVING | {"save_steps": 6, "max_steps": 6})
-    checkpoint = tmp_path / "checkpoints/checkpoint-6"
-    file = tmp_path / "rounds/round-1.jsonl"
-    file.write_text(file.read_text().replace('"weights": "', '"weights": "0'))
-    with pytest.raises(RunFailed, match=r"round-1\.jsonl: iteration 1 trains on 8 pairs"):
-        trained(tmp_path, checkpoint, **SAVING)
 
 
 # --- refusals --------------------------------------------------------------------------------------

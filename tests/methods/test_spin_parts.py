@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_sft import make_form
+from spin_runs import make_form
 
 from medistill_trl.methods.spin.rounds import (
     RoundFile,
