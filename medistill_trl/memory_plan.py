@@ -69,6 +69,26 @@ def distillation_memory(
     return parts
 
 
+def preference_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `losses.preference`: the second completion of each pair, whole logits of both with their
+    gradient in float32, and where all weights are trained the reference."""
+    rows, length = arguments.training.per_device_train_batch_size, longest(arguments)
+    elements = 2 * rows * length * student.vocab_size
+    logits = f"loss, 2 × {rows} × {length} × {student.vocab_size} logits"
+    again = _activations(student, rows, length, arguments)
+    parts = [
+        Part("activations of the rejected completions", again / GB, "train"),
+        # The logits, their gradient, and of the completions' share the log-softmax.
+        Part(logits, 4 * 3 * elements / GB, "train"),
+    ]
+    if not arguments.student.use_lora and arguments.training.reference == "previous":
+        size = _weights(_on_meta(student), arguments.student.student_dtype, None)
+        parts.append(Part("reference weights", size / GB, "always"))
+    return parts
+
+
 def plan(
     arguments: Arguments,
     student: ModelSource,

@@ -8,6 +8,7 @@ from medistill_trl import memory_plan, model_source
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
 from medistill_trl.methods.logit_kd import LogitKDConfig
 from medistill_trl.methods.sft import SFTDistillConfig
+from medistill_trl.methods.spin import SpinConfig
 from medistill_trl.models import load_student, load_tokenizer
 from medistill_trl.setting import Arguments
 
@@ -76,6 +77,23 @@ def test_distillation_holds_chunks_of_both_models_logits(teacher_folder, tmp_pat
     _, arguments, _ = parts_of(teacher_folder, tmp_path, loss_chunk_size=128, **given)
     twice = memory_plan.distillation_memory(arguments, source.config, source.config)
     assert gb(twice, "loss, 128") == pytest.approx(2 * gb(parts, "loss, 64"))
+
+
+def test_preferences_hold_two_completions_a_pair_and_a_full_students_reference(
+    teacher_folder, tmp_path
+):
+    given = {"config_class": SpinConfig, "per_device_train_batch_size": 3}
+    plain, arguments, source = parts_of(teacher_folder, tmp_path, **given)
+    parts = memory_plan.preference_memory(arguments, source.config, source.config)
+    rejected = gb(parts, "activations of the rejected")
+    assert rejected == pytest.approx(gb(plain, "student activations"))
+    length = memory_plan.longest(arguments)
+    logits = 2 * 3 * length * source.config.vocab_size
+    assert gb(parts, "loss, 2 × 3") == pytest.approx(4 * 3 * logits / 1e9)
+    assert len(parts) == 2
+    full, arguments, _ = parts_of(teacher_folder, tmp_path, student={"use_lora": False}, **given)
+    parts = memory_plan.preference_memory(arguments, source.config, source.config)
+    assert gb(parts, "reference weights") == gb(full, "student weights")
 
 
 def test_the_peak_is_the_larger_phase():

@@ -13,14 +13,13 @@ Not used of it: its loss (mean over a micro-batch, no pair left out), and its va
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from trl import DPOConfig
 
+from medistill_trl.memory_plan import preference_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.spin.schedule import Schedule
 from medistill_trl.methods.spin.trainer import SpinTrainer
-from medistill_trl.run_directory import RunDirectory
 from medistill_trl.setting import Setting
 from medistill_trl.teacher import Sampling
 
@@ -147,7 +146,7 @@ def build(setting: Setting) -> SpinTrainer:
         form=setting.form,
         sampling=Sampling(new_tokens, args.generation_temperature),
         totals=setting.totals,
-        directory=RunDirectory(Path(args.output_dir).parent),  # output_dir is its checkpoints/
+        directory=setting.run_directory,
     )
 
 
@@ -180,4 +179,5 @@ METHOD = Method(
     teacher_access="black_box",
     build=build,
     paper="arXiv 2401.01335",
+    loss_memory=preference_memory,
 )
