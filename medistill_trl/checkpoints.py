@@ -7,12 +7,15 @@ inside, and silently continues on another path where optimizer or RNG state is m
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from medistill_trl.files import write_text
 
@@ -84,6 +87,31 @@ class CheckpointCallback(TrainerCallback):
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             write_manifest(folder)
+
+
+@contextmanager
+def kept_dtypes(model: nn.Module) -> Iterator[None]:
+    """What is loaded within goes on in the dtype it had.
+
+    PEFT loads every adapter as float32, while that of a quantised student is trained in bfloat16: the resumed
+    run would be another one.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+def resume_in_same_dtypes(trainer: Trainer) -> None:
+    """Make a trainer, whatever its method, load its checkpoints within `kept_dtypes`."""
+    load = trainer._load_from_checkpoint
+
+    def load_and_keep(*args, **kwargs):
+        with kept_dtypes(trainer.model):
+            load(*args, **kwargs)
+
+    trainer._load_from_checkpoint = load_and_keep
 
 
 def write_manifest(folder: Path) -> None:

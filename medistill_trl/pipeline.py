@@ -11,7 +11,12 @@ from trl import TrlParser
 
 from medistill_trl import console, launch, methods
 from medistill_trl.arguments import SHARED
-from medistill_trl.checkpoints import CheckpointCallback, Totals, load_totals
+from medistill_trl.checkpoints import (
+    CheckpointCallback,
+    Totals,
+    load_totals,
+    resume_in_same_dtypes,
+)
 from medistill_trl.dry_run import print_plan
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.guards import FiniteGuard
@@ -112,6 +117,7 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
         trainer = method.build(setting)
     except (ValueError, ImportError) as error:  # TRL and Transformers judge their own keys
         raise UserError(f"recipe: the {method.name} trainer refuses it: {error}") from error
+    resume_in_same_dtypes(trainer)
     trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(CheckpointCallback(setting.totals))
     trainer.add_callback(HeldoutCallback(setting.heldout))

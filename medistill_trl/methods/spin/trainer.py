@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from medistill_trl.checkpoints import Totals
+from medistill_trl.checkpoints import Totals, kept_dtypes
 from medistill_trl.data import Prompt
 from medistill_trl.errors import RunFailed
 from medistill_trl.losses.preference import PairValues, sequence_log_probs, spin_loss
@@ -321,12 +321,9 @@ class SpinTrainer(DPOTrainer):
             self.previous.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Loads the reference too, and keeps dtypes: PEFT loads every adapter as float32."""
-        dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
+        """Loads the reference too, which an adapter is in the dtype of the one in training."""
+        with kept_dtypes(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.previous is not None:
             self.previous.load(Path(resume_from_checkpoint))
 
