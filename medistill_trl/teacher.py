@@ -3,6 +3,7 @@
 Shapes: P prompt tokens, C completion tokens, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -174,7 +175,10 @@ def draw_seed(run_seed: int, step: int, process: int, num_processes: int) -> int
 
     Leaves room for `DRAWS_PER_STEP` draws on each process.
     """
-    return (run_seed << 32) + (step * num_processes + process) * DRAWS_PER_STEP
+    # torch seeds its CPU generator with the low 32 bits alone, so the run's seed must be in them too.
+    offset = int.from_bytes(hashlib.sha256(str(run_seed).encode()).digest()[:4], "big")
+    draws = (step * num_processes + process) * DRAWS_PER_STEP
+    return (run_seed << 32) + (offset + draws) % 2**32
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
 
 from medistill_trl import methods
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
@@ -16,6 +17,7 @@ from medistill_trl.guards import FiniteGuard
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.methods.sft import SFTDistillConfig
 from medistill_trl.models import _set_generation
+from medistill_trl.pipeline import build_trainer
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP, Teacher, draw_seed
@@ -184,6 +186,36 @@ def test_no_two_draws_share_a_seed():
         for start in (0, 4, DRAWS_PER_STEP - 1)
     }
     assert len(seeds) == 2 * 3 * 3
+
+
+def test_another_run_seed_is_another_draw():
+    """Also for torch's CPU generator, which sees the low 32 bits only."""
+    draws = set()
+    for seed in (42, 43, 44):
+        torch.manual_seed(draw_seed(seed, 0, 0, 1))
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 3
+
+
+def test_a_bfloat16_adapter_is_resumed_in_bfloat16_bit_for_bit(tmp_path):
+    """As TRL trains the adapter of a quantised student; PEFT would load it as float32."""
+
+    def run(folder, checkpoint=None):
+        changes = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        setting = make_setting(folder, max_steps=4, learning_rate=0.05, **changes)
+        adapter = LoraConfig("CAUSAL_LM", r=4, target_modules="all-linear")
+        setting.student = get_peft_model(setting.student, adapter)
+        for parameter in setting.student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        trainer = build_trainer(methods.load("sft"), setting)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [p for p in setting.student.parameters() if p.requires_grad]
+
+    straight = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", str(tmp_path / "a/out/checkpoint-2"))
+    assert {p.dtype for p in resumed} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
 def test_teacher_batch_size_splits_a_window_and_changes_nothing(tmp_path, monkeypatch):
