@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 READY := $(VENV)/.ready
+# Test files side by side, at most four: each may hold two small models.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py
 
 .PHONY: help setup demo test test-all reproduce bench lint clean
@@ -39,10 +41,10 @@ lint: setup
 	@$(BIN)/ruff format --check .
 
 test: lint
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-all: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 reproduce: setup
 	@$(BIN)/python -m benchmarks.reproduce

@@ -21,6 +21,15 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+CORES = sorted(os.sched_getaffinity(0))
+if 1 < WORKERS <= len(CORES):
+    # Tests side by side keep to cores of their own, and so do the processes they start: threads of two
+    # that share a core wait for each other many times longer than they work.
+    os.sched_setaffinity(0, CORES[WORKER::WORKERS])
+    torch.set_num_threads(len(CORES[WORKER::WORKERS]))
+
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -162,6 +171,8 @@ def launch_words(*arguments, config: str = "cpu.yaml") -> list[str]:
             "launch",
             "--config_file",
             config_path,
+            "--main_process_port",
+            29500 + WORKER,
             "recipes/run.py",
             *arguments,
         )
