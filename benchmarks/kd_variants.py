@@ -28,7 +28,8 @@ from trl.experimental.gkd import GKDTrainer
 from medistill_trl import model_source, models, recipe
 from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.checkpoints import Totals
-from medistill_trl.losses.token_kl import CHUNK_SIZE, completion_states
+from medistill_trl.losses.chunked import CHUNK_SIZE
+from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.teacher import Sampling, Teacher

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
-from medistill_trl.losses.token_kl import block_elements
+from medistill_trl.losses.chunked import block_elements
 from medistill_trl.model_source import ModelSource
 from medistill_trl.setting import Arguments
 
@@ -22,7 +22,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 of those
 # (Dettmers et al. 2023, arXiv 2305.14314, section 3); without, a 32-bit scale per 64.
 BYTES_4BIT = {True: (4 + 8 / 64 + 32 / (64 * 256)) / 8, False: (4 + 32 / 64) / 8}
-BLOCK_BUFFERS = 10  # float32 tensors a block of losses.token_kl holds at a time
+BLOCK_BUFFERS = 10  # float32 tensors a block of losses.chunked holds at a time
 LOSS_ROWS = 256  # completion positions projected to the vocabulary at a time (TRL's chunked_nll)
 
 

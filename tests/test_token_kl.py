@@ -17,7 +17,7 @@ from token_pairs import (
     temperatures,
 )
 
-from medistill_trl.losses import heads, token_kl
+from medistill_trl.losses import chunked, heads
 from medistill_trl.losses.divergences import DIVERGENCES, Distribution, by_name
 from medistill_trl.losses.heads import LinearHead
 from medistill_trl.losses.token_kl import completion_states, distillation_loss, token_scores
@@ -197,7 +197,7 @@ def test_chunks_and_blocks_change_nothing(monkeypatch):
     for chunk_size in (1, 7, 256):
         for got, want in zip(run(chunk_size), reference, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
-    monkeypatch.setattr(token_kl, "CPU_BLOCK_ELEMENTS_PER_THREAD", 3 * V)
+    monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS_PER_THREAD", 3 * V)
     for got, want in zip(run(256), reference, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
