@@ -89,6 +89,21 @@ def preference_memory(
     return parts
 
 
+def policy_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `losses.policy` and of `rewards`: the teacher reads what the student has written, which takes a KV
+    cache of its own."""
+    args, length = arguments.training, longest(arguments)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = arguments.teacher.teacher_batch_size or rows
+    cache = _kv_cache(student, rows, length, arguments.student.student_dtype)
+    return [
+        *distillation_memory(arguments, student, teacher),
+        Part(f"student KV cache, {rows} × {length} tokens", cache / GB, "generate"),
+    ]
+
+
 def plan(
     arguments: Arguments,
     student: ModelSource,

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-# Sums of `distillation_loss` → names in the log.
+# Sums over tokens, of `distillation_loss` and of `policy_loss` → names in the log.
 NAMES = {
     "agreed": "top1",
     "ce": "ce_nats",
@@ -14,11 +14,13 @@ NAMES = {
     "temperature": "temperature_mean",
     "clipped_low": "clipped_low_share",
     "clipped_high": "clipped_high_share",
+    "entropy": "entropy_nats",
+    "clipped": "clip_fraction",
 }
 
 
 class TokenMeans:
-    """Collects the sums that `distillation_loss` returns; nothing is moved to the CPU until `take`."""
+    """Collects sums over tokens; nothing is moved to the CPU until `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}

@@ -1,0 +1,227 @@
+"""What the teacher makes of completions the student wrote: rewards, in nats where they are log-probabilities.
+
+    teacher_logprob   mean (or sum) over the completion of log p_T(a_t); one score a completion
+    token_kl          r_t = log p_T(a_t) − log p_S(a_t) for every token, a constant to the gradient: the expected
+                      sum is −KL(S‖T) of the whole completion (MiniLLM, arXiv 2306.08543)
+    sequence          w_l · mean log p_T + w_c · [final answer right], one score a completion; a prompt without
+                      a reference answer has the first part only
+
+The teacher reads all completions in batches, one forward each, and its logits exist for a chunk of completion
+tokens at a time. With a shared tokenizer it reads the student's own tokens; otherwise the text, in
+tokens and after a prompt of its own, which leaves scores of whole completions.
+
+An end token counts as a token only if the student wrote it. A completion cut at its length limit has none, and
+may be charged for it. An empty one has score 0 (plus what its answer earns, which is nothing).
+
+Shapes: B completions, T tokens of the longest, C tokens of one.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from medistill_trl.errors import UserError
+from medistill_trl.losses.chunked import CHUNK_SIZE
+from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.policy import at_last, token_log_probs
+from medistill_trl.losses.token_kl import completion_states
+from medistill_trl.prompts import IGNORED, encode_completion
+from medistill_trl.rollouts import Sample
+from medistill_trl.teacher import Teacher
+
+KINDS = ("teacher_logprob", "token_kl", "sequence")
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What some completions earned.
+
+    Args:
+        per_token: Every token has a reward of its own; otherwise the score stands at the last one.
+        rewards_BT: (B, T), float32; 0 outside of completions.
+        scores_B: Σ_t r_t, or the score; that of an empty completion too.
+        mask_BT: (B, T), bool, the completions' tokens.
+        parts: What the scores were made of, for the log: (n,) each, of those completions it is defined for.
+        teacher_log_probs: log p_T of the student's tokens, (C,) each; None if the teacher reads text.
+    """
+
+    per_token: bool
+    rewards_BT: torch.Tensor
+    scores_B: torch.Tensor
+    mask_BT: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    teacher_log_probs: list[torch.Tensor] | None = None
+
+
+def answer_is_right(text: str, reference: str) -> bool:
+    """Does a completion's final answer, or all of a short completion, say what the reference says?"""
+    from medistill_trl.answer_matching import matches
+
+    stated = re.findall(r"final answer\W*:\s*(.+)", text, re.IGNORECASE)
+    return matches(stated[-1].strip("*_ ") if stated else text, reference)
+
+
+@dataclass(frozen=True)
+class TeacherReward:
+    """The rewards of one pair of models.
+
+    Args:
+        teacher: The frozen teacher.
+        shared: Token ids the two models share; None if their tokenizers differ.
+        kind: One of `KINDS`.
+        reduction: Of teacher_logprob: `mean`, nats per token, or `sum`, which longer completions pay for.
+        likelihood_weight: w_l of sequence.
+        correctness_weight: w_c of sequence.
+        truncation_penalty: Taken from the score of a completion cut at its length limit, at its last token.
+        is_right: (text, reference answer) → whether the final answer is right.
+        batch_size: Completions in one forward of the teacher.
+        chunk_size: Tokens whose logits exist at a time.
+
+    Raises:
+        UserError: what the pair, or this installation, cannot serve.
+    """
+
+    teacher: Teacher
+    shared: int | None
+    kind: str
+    reduction: str = "mean"
+    likelihood_weight: float = 1.0
+    correctness_weight: float = 0.0
+    truncation_penalty: float = 0.0
+    is_right: Callable[[str, str], bool] = answer_is_right
+    batch_size: int = 8
+    chunk_size: int = CHUNK_SIZE
+
+    def __post_init__(self):
+        if self.kind not in KINDS or self.reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reward must be one of {', '.join(KINDS)} and its reduction one of "
+                f"{', '.join(REDUCTIONS)}, got {self.kind!r} and {self.reduction!r}"
+            )
+        if self.kind == "token_kl" and self.shared is None:
+            raise UserError(
+                "reward: token_kl compares the two models token by token, and their tokenizers differ. "
+                "For this pair take reward: teacher_logprob or sequence, which pass text; or a student "
+                "with the teacher's tokenizer."
+            )
+        matcher = "medistill_trl.answer_matching"
+        if self._judges_answers and not importlib.util.find_spec(matcher):
+            raise UserError(
+                f"correctness_weight: {self.correctness_weight} needs the module {matcher}, which is not "
+                "installed; set it to 0"
+            )
+
+    @property
+    def _judges_answers(self) -> bool:
+        return self.kind == "sequence" and self.correctness_weight != 0
+
+    def __call__(
+        self, samples: Sequence[Sample], student_log_probs: Sequence[torch.Tensor] | None = None
+    ) -> Rewards:
+        """Rewards of completions, in their order.
+
+        Args:
+            samples: At least one.
+            student_log_probs: log p_S of each completion's tokens, (C,); only token_kl looks at them.
+        """
+        rows = [self._read(sample) for sample in samples]
+        log_probs = completion_log_probs(
+            self.teacher.model, rows, self.shared, self.batch_size, self.chunk_size
+        )
+        device = log_probs[0].device
+        lengths = torch.tensor([len(sample.token_ids) for sample in samples], device=device)
+        mask_BT = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        charges_B = self._charges(samples).to(device)
+        parts = {}
+        if self.kind == "token_kl":
+            rewards = [t - s.to(device) for t, s in zip(log_probs, student_log_probs, strict=True)]
+            rewards_BT = pad_sequence(rewards, batch_first=True)
+            scores_B = rewards_BT.sum(1) - charges_B
+            rewards_BT = rewards_BT - at_last(charges_B, mask_BT)
+        else:
+            scores_B, parts = self._scores(samples, log_probs)
+            scores_B = scores_B - charges_B
+            rewards_BT = at_last(scores_B, mask_BT)
+        aligned = None if self.shared is None else log_probs
+        return Rewards(self.kind == "token_kl", rewards_BT, scores_B, mask_BT, parts, aligned)
+
+    def _read(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Prompt and completion in the teacher's tokens."""
+        form = self.teacher.form
+        prompt = form.render(sample.question)
+        if self.shared is not None:
+            return form.encode(prompt), sample.token_ids
+        text, finished = sample.completion.text, sample.completion.finished
+        return form.encode(prompt), encode_completion(form.tokenizer, prompt, text, finished)
+
+    def _charges(self, samples: Sequence[Sample]) -> torch.Tensor:
+        cut = [self.truncation_penalty if sample.truncated else 0.0 for sample in samples]
+        return torch.tensor(cut)
+
+    def _scores(
+        self, samples: Sequence[Sample], log_probs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sums_B = torch.stack([values.sum() for values in log_probs])
+        if self.kind == "teacher_logprob" and self.reduction == "sum":
+            return sums_B, {"likelihood": sums_B}
+        counts = [max(1, len(values)) for values in log_probs]
+        means_B = sums_B / torch.tensor(counts, device=sums_B.device)
+        parts = {"likelihood": means_B}
+        if self.kind == "teacher_logprob":
+            return means_B, parts
+        scores_B = self.likelihood_weight * means_B
+        if self._judges_answers:
+            asked = [n for n, sample in enumerate(samples) if sample.answer is not None]
+            right = [self.is_right(samples[n].completion.text, samples[n].answer) for n in asked]
+            parts["correct"] = torch.tensor(right, dtype=scores_B.dtype, device=scores_B.device)
+            scores_B[asked] += self.correctness_weight * parts["correct"]
+        return scores_B, parts
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    vocab_size: int | None = None,
+    batch_size: int = 8,
+    chunk_size: int = CHUNK_SIZE,
+) -> list[torch.Tensor]:
+    """log p(y_t | x, y_<t) of every completion token, at temperature 1 and without dropout.
+
+    Args:
+        model: A causal language model, not wrapped by DDP; its training mode is restored.
+        rows: Token ids of a prompt, not empty, and of a completion.
+        vocab_size: Leading tokens that the distributions are over; None for all.
+        batch_size: Rows in one forward.
+
+    Returns:
+        (C,) each, float32, nats; empty for an empty completion.
+    """
+    was_training = model.training
+    model.eval()
+    head, device = OutputHead.of(model), model.device
+    log_probs = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids = [torch.tensor(prompt + completion) for prompt, completion in part]
+        labels = [torch.tensor([IGNORED] * len(prompt) + completion) for prompt, completion in part]
+        # What stands in the padding is masked and on the right: any token will do.
+        hidden_BTH = model.get_decoder()(
+            input_ids=pad_sequence(ids, True).to(device),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], True).to(device),
+            use_cache=False,
+        ).last_hidden_state
+        labels_BT = pad_sequence(labels, True, IGNORED).to(device)
+        states_NH, tokens_N = completion_states(hidden_BTH, labels_BT)
+        found_N = token_log_probs(
+            states_NH, tokens_N, head, vocab_size=vocab_size, chunk_size=chunk_size
+        )
+        log_probs += found_N.split([len(completion) for _, completion in part])
+    model.train(was_training)
+    return log_probs

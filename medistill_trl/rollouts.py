@@ -1,0 +1,161 @@
+"""Completions a student writes to learn from: drawn, padded for training, and summed up for the log.
+
+Shapes: B completions, L tokens of the longest with its prompt, C tokens of one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of the student.
+
+    Args:
+        question: What it was asked.
+        completion: What it wrote.
+        answer: The reference answer, where there is one.
+    """
+
+    question: str
+    completion: Completion
+    answer: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens it chose, (C,), its end token among them if it chose one."""
+        end_id = self.completion.end_id
+        return [*self.completion.token_ids, *([] if end_id is None else [end_id])]
+
+    @property
+    def truncated(self) -> bool:
+        """It was cut, at the length limit or where the teacher could not read on."""
+        return not self.completion.finished
+
+    def readable(self, shared: int | None) -> "Sample":
+        """Cut before the first token the teacher does not have, as if the limit had come there.
+
+        Args:
+            shared: Token ids the models share; None if they exchange text.
+        """
+        ids = self.token_ids
+        known = ids if shared is None else list(takewhile(lambda token: token < shared, ids))
+        if len(known) == len(ids):
+            return self
+        return replace(self, completion=Completion(self.completion.text, known, finished=False))
+
+
+def write_samples(
+    student: PreTrainedModel,
+    form: PromptFormat,
+    rows: Sequence[dict],
+    sampling: Sampling,
+    seed: int,
+    batch_size: int | None = None,
+) -> list[Sample]:
+    """One completion of each row.
+
+    Args:
+        student: Not wrapped by DDP.
+        rows: `question` and `answer`; a question may come several times.
+        seed: Of the first batch; the others count on from it.
+        batch_size: Prompts per generation; None for all at once.
+    """
+
+    def write(prompts, sampling, seed):
+        return complete(student, form, prompts, sampling, seed)
+
+    prompts = [form.render(row["question"]) for row in rows]
+    completions = complete_in_parts(write, prompts, sampling, seed, batch_size)
+    return [
+        Sample(row["question"], completion, row["answer"])
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+
+
+def prompt_and_completion(form: PromptFormat, sample: Sample) -> tuple[list[int], list[int]]:
+    """What the student read and wrote, in its own tokens."""
+    return form.encode(form.render(sample.question)), sample.token_ids
+
+
+def training_batch(
+    rows: Sequence[tuple[list[int], list[int]]],
+    values: Sequence[torch.Tensor],
+    learnt: Sequence[bool],
+    pad_token_id: int,
+) -> dict[str, torch.Tensor]:
+    """Rows padded on the right, (B, L) each.
+
+    Args:
+        rows: Token ids of prompt and completion.
+        values: A number for each completion token, (C,) each or longer.
+        learnt: Whether the completion's tokens have labels.
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` (`IGNORED` on prompts, padding and what is not learnt) and
+        `values`, each where its token stands.
+    """
+    columns = {"input_ids": [], "attention_mask": [], "labels": [], "values": []}
+    for (prompt, completion), value, wanted in zip(rows, values, learnt, strict=True):
+        columns["input_ids"].append(torch.tensor(prompt + completion))
+        columns["attention_mask"].append(torch.ones(len(prompt) + len(completion)).long())
+        labels = completion if wanted else [IGNORED] * len(completion)
+        columns["labels"].append(torch.tensor([IGNORED] * len(prompt) + labels))
+        columns["values"].append(
+            torch.cat([torch.zeros(len(prompt)), value[: len(completion)].cpu().float()])
+        )
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED, "values": 0.0}
+    return {name: pad_sequence(columns[name], True, padding[name]) for name in columns}
+
+
+def summary(
+    samples: Sequence[Sample],
+    scores_B: torch.Tensor,
+    parts: dict[str, torch.Tensor],
+    log_ratios: dict[str, Sequence[torch.Tensor]],
+) -> dict[str, float]:
+    """What is logged of completions, over all processes, which all must ask.
+
+    Args:
+        scores_B: Their rewards.
+        parts: What the rewards were made of, (n,) each.
+        log_ratios: By name, log p_S − log p of another model for each completion's tokens, (C,) each:
+            their mean estimates KL(S‖other) per token.
+    """
+    mine = {
+        "reward": scores_B.tolist(),
+        "tokens": [len(sample.token_ids) for sample in samples],
+        "truncated": [float(sample.truncated) for sample in samples],
+        "empty": [float(not sample.token_ids) for sample in samples],
+        **{f"part {name}": values.tolist() for name, values in parts.items()},
+        **{name: [v.sum().item() for v in values] for name, values in log_ratios.items()},
+    }
+    everyone = gather_object([mine])
+    pooled = {
+        name: torch.tensor([value for part in everyone for value in part[name]], dtype=torch.double)
+        for name in mine
+    }
+    reward, tokens = pooled["reward"], pooled["tokens"]
+    means = {f"reward_{name}": pooled[f"part {name}"] for name in parts}
+    kl = {f"{name}_nats": (pooled[name].sum() / tokens.sum().clamp_min(1)) for name in log_ratios}
+    logged = {
+        "reward_mean": reward.mean(),
+        "reward_std": reward.std(correction=0),
+        **{name: values.mean() for name, values in means.items() if len(values)},
+        **kl,
+        "completion_tokens_mean": tokens.mean(),
+        "completion_tokens_min": tokens.min(),
+        "completion_tokens_max": tokens.max(),
+        "truncation_rate": pooled["truncated"].mean(),
+        "empty_rate": pooled["empty"].mean(),
+    }
+    return {name: value.item() for name, value in logged.items()}
