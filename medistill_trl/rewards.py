@@ -111,7 +111,8 @@ class TeacherReward:
                 "with the teacher's tokenizer."
             )
         matcher = "medistill_trl.answer_matching"
-        if self._judges_answers and not importlib.util.find_spec(matcher):
+        needed = self._judges_answers and self.is_right is answer_is_right
+        if needed and not importlib.util.find_spec(matcher):
             raise UserError(
                 f"correctness_weight: {self.correctness_weight} needs the module {matcher}, which is not "
                 "installed; set it to 0"

@@ -63,13 +63,12 @@ def at_last(values_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
 def baseline(
     values_BT: torch.Tensor, mask_BT: torch.Tensor, num_generations: int, kind: str
 ) -> torch.Tensor:
-    """What is subtracted from each value, (B, T): a mean over completions of the same prompt.
+    """What is subtracted from each value, (B, T): a mean over the prompt's completions, place by place.
 
-    Place by place, over those completions whose mask is 1 there. `leave_one_out` takes the others only
-    (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740): it does not depend on the sample it is
-    subtracted from, so the gradient's mean stays what it was. `group_mean` (GRPO, arXiv 2402.03300) has the
-    sample itself among them, which shrinks the difference by 1 − 1/K and nothing else. Where no other
-    completion has a value, the former is 0.
+    `leave_one_out` is the mean of the others that have a value there, 0 if none has (Ahmadian et al. 2024,
+    arXiv 2402.14740). It does not depend on the sample it is subtracted from, so the expected gradient
+    stays what it was. `group_mean` is that of all K, the sample itself included (GRPO, arXiv 2402.03300); one
+    that has ended has nothing left to earn and counts as 0. It shrinks the expected gradient by 1 − 1/K.
 
     Args:
         values_BT: Returns of tokens, or (B, 1), scores of completions.
@@ -91,10 +90,11 @@ def baseline(
     groups = (-1, num_generations, values_BT.shape[1])
     mask_GKT = mask_BT.to(values_BT.dtype).reshape(groups)
     values_GKT = values_BT.reshape(groups) * mask_GKT
-    totals, counts = values_GKT.sum(1, keepdim=True), mask_GKT.sum(1, keepdim=True)
-    if kind == "leave_one_out":
-        totals, counts = totals - values_GKT, counts - mask_GKT
-    means_GKT = (totals / counts.clamp_min(1)).expand_as(values_GKT)
+    if kind == "group_mean":
+        means_GKT = values_GKT.mean(1, keepdim=True).expand_as(values_GKT)
+    else:
+        others_GKT = values_GKT.sum(1, keepdim=True) - values_GKT
+        means_GKT = others_GKT / (mask_GKT.sum(1, keepdim=True) - mask_GKT).clamp_min(1)
     return means_GKT.reshape(values_BT.shape)
 
 

@@ -1,0 +1,351 @@
+"""On-policy distillation: the loss against the formula, windows, resuming, refusals, a planted task."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from medistill_trl import methods
+from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.checkpoints import Totals
+from medistill_trl.completion_store import CompletionStore
+from medistill_trl.data import Prompt
+from medistill_trl.errors import UserError
+from medistill_trl.heldout import HeldoutCheck
+from medistill_trl.methods.on_policy import OnPolicyConfig
+from medistill_trl.models import _set_generation
+from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.rewards import completion_log_probs
+from medistill_trl.rollouts import prompt_and_completion, write_samples
+from medistill_trl.setting import Arguments, Setting
+from medistill_trl.teacher import Sampling, Teacher
+
+PROMPTS = [
+    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
+    for i in range(8)
+]
+TINY = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 2,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "logging_nan_inf_filter": False,
+    "max_completion_length": 6,
+}
+
+
+def make_form(**kwargs):
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.pad_token = "<|endoftext|>"
+    return PromptFormat(tokenizer)
+
+
+def make_setting(tmp_path, lora=False, teacher_form=None, teacher_model=None, **training):
+    form = make_form()
+    teacher_form = teacher_form or form
+    if teacher_model is None:
+        teacher_model = make_model(len(teacher_form.tokenizer), seed=1)
+    _set_generation(teacher_model.requires_grad_(False).eval(), teacher_form.tokenizer)
+    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
+    student = make_model(len(form.tokenizer), layers=2, seed=training.get("seed", 2))
+    _set_generation(student, form.tokenizer)
+    if lora:
+        student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32))
+    store = CompletionStore(tmp_path / "c.sqlite")
+    arguments = Arguments(
+        RunArguments(method="on_policy"),
+        StudentArguments(student_model="s"),
+        TeacherArguments("t", teacher_max_new_tokens=10),
+        DataArguments(train_file="t", validation_file="v", max_prompt_tokens=100),
+        OnPolicyConfig(output_dir=str(tmp_path / "out"), **{**TINY, **training}),
+    )
+    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
+    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
+
+
+def trained(tmp_path, resume=None, **kwargs):
+    setting = make_setting(tmp_path, **kwargs)
+    trainer = methods.load("on_policy").build(setting)
+    before = copy.deepcopy(setting.student.state_dict())
+    trainer.train(resume_from_checkpoint=resume)
+    return setting, trainer, before
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(setting):
+    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+
+
+def plain_log_probs(model, prompt, ids):
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1), logits.log_softmax(-1)[range(len(ids)), ids]
+
+
+def plain_loss(setting, state, window, gamma, entropy_coef):
+    """Leave-one-out REINFORCE with whole logits, on what was drawn, row by row."""
+    student = make_model(len(setting.form.tokenizer), layers=2)
+    student.load_state_dict(state)
+    returns, log_probs, entropies = [], [], []
+    for batch in window:
+        for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            first = next(n for n, label in enumerate(labels) if label != IGNORED)
+            prompt, ids = row[:first], [label for label in labels if label != IGNORED]
+            log_p, chosen = plain_log_probs(student, prompt, ids)
+            rewards = (plain_log_probs(setting.teacher.model, prompt, ids)[1] - chosen).tolist()
+            returns.append(
+                [sum(r * gamma**n for n, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+            )
+            log_probs.append(chosen)
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+    total = torch.zeros(())
+    for n, (own, log_prob, entropy) in enumerate(zip(returns, log_probs, entropies, strict=True)):
+        other = returns[n ^ 1]  # two samples of each prompt, side by side
+        for t in range(len(own)):
+            baseline = other[t] if t < len(other) else 0.0
+            total = total - (own[t] - baseline) * log_prob[t] - entropy_coef * entropy[t]
+    return (total / sum(map(len, returns))).item(), torch.cat(entropies).mean().item()
+
+
+@pytest.mark.parametrize(("gamma", "entropy_coef"), [(1.0, 0.0), (0.5, 0.3)])
+def test_the_first_loss_is_the_formula(tmp_path, gamma, entropy_coef):
+    setting, trainer, before = trained(
+        tmp_path, max_steps=1, gamma=gamma, entropy_coef=entropy_coef
+    )
+    expected, entropy = plain_loss(setting, before, trainer._window, gamma, entropy_coef)
+    assert logged(trainer) == pytest.approx([expected], rel=1e-4, abs=1e-5)
+    assert logged(trainer, "entropy_nats") == pytest.approx([entropy], rel=1e-4)
+    tokens = sum((batch["labels"] != IGNORED).sum().item() for batch in trainer._window)
+    assert setting.totals.trained == setting.totals.generated_student == tokens
+    assert setting.totals.generated_teacher == 0
+    assert logged(trainer, "completion_tokens_mean") == pytest.approx([tokens / 4])
+
+
+def test_accumulating_one_by_eight_is_eight_by_one(tmp_path):
+    after = {}
+    for rows, steps in ((1, 8), (8, 1)):
+        setting, trainer, _ = trained(
+            tmp_path / f"{rows}",
+            max_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+            learning_rate=1.0,
+            entropy_coef=0.1,
+        )
+        after[rows] = weights(setting), logged(trainer)[0], logged(trainer, "reward_mean")[0]
+    torch.testing.assert_close(after[1][0], after[8][0], rtol=1e-4, atol=1e-5)
+    assert after[1][1:] == pytest.approx(after[8][1:], rel=1e-3, abs=1e-5)
+
+
+def test_reused_samples_begin_at_a_ratio_of_one_and_leave_it(tmp_path):
+    """No step size, no movement: all passes over a window are alike. With one, ratios are bounded."""
+    _, still, _ = trained(tmp_path / "a", max_steps=3, num_iterations=3, learning_rate=1e-12)
+    assert logged(still)[0] == pytest.approx(logged(still)[2], rel=1e-4)
+    assert logged(still, "clip_fraction") == [0, 0, 0]
+    setting, moving, _ = trained(tmp_path / "b", max_steps=4, num_iterations=2, learning_rate=3.0)
+    first, second, third, _ = logged(moving, "clip_fraction")
+    assert first == third == 0 < second
+    assert len(logged(moving, "reward_mean")) == 2  # one generation for two steps
+    assert setting.totals.trained == 2 * setting.totals.generated_student
+
+
+def test_no_logits_but_of_one_position_a_row(tmp_path):
+    setting = make_setting(tmp_path, max_steps=1)
+    trainer = methods.load("on_policy").build(setting)
+    positions = []
+    for model in (setting.student, setting.teacher.model):
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, output: positions.append(output.shape[1])
+        )
+    trainer.train()
+    assert set(positions) == {1}
+
+
+def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path):
+    setting, trainer, before = trained(
+        tmp_path, mask_truncated_completions=True, max_completion_length=1, learning_rate=1.0
+    )
+    assert logged(trainer, "truncation_rate") == [1, 1]
+    assert setting.totals.trained == 0 < setting.totals.generated_student
+    assert all(
+        torch.equal(value, before[name]) for name, value in setting.student.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("baseline", ["none", "group_mean"])
+@pytest.mark.parametrize("reward", ["teacher_logprob", "sequence", "token_kl"])
+def test_every_reward_trains_an_adapter_with_every_baseline(tmp_path, reward, baseline):
+    setting, trainer, before = trained(
+        tmp_path, lora=True, reward=reward, baseline=baseline, truncation_penalty=0.5
+    )
+    assert logged(trainer, "kl_to_start_nats")[0] == pytest.approx(0, abs=1e-5)
+    assert logged(trainer, "kl_to_start_nats")[1] != 0
+    assert len(logged(trainer, "kl_to_teacher_nats")) == 2
+    assert len(logged(trainer, "reward_likelihood")) == (0 if reward == "token_kl" else 2)
+    moved = {
+        name for name, value in setting.student.state_dict().items()
+        if not torch.equal(value, before[name])
+    }  # fmt: skip
+    assert moved
+    assert all("lora" in name for name in moved)
+    assert all(p.grad is None for p in setting.teacher.model.parameters())
+
+
+def test_another_tokenizer_serves_scores_but_not_token_rewards(tmp_path):
+    other = make_form(vocab_size=450, chat=False)
+    _, trainer, _ = trained(tmp_path, teacher_form=other, reward="teacher_logprob")
+    assert all(math.isfinite(value) for value in logged(trainer, "reward_mean"))
+    assert logged(trainer, "kl_to_teacher_nats") == []
+    with pytest.raises(UserError, match="their tokenizers differ"):
+        trained(tmp_path / "b", teacher_form=other)
+
+
+def test_an_evaluation_reports_the_same_rewards_for_the_same_weights(tmp_path):
+    _, trainer, _ = trained(
+        tmp_path, eval_strategy="steps", eval_steps=1, learning_rate=1e-12, max_steps=2
+    )
+    first, second = logged(trainer, "eval_reward_mean")
+    assert first == pytest.approx(second, rel=1e-4)
+    assert logged(trainer, "eval_loss") == []
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stop", [4, 5, 13]
+)  # amid a window's three uses, twice; in the second epoch
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
+    options = {
+        "num_iterations": 3, "max_steps": 16, "optim": "adamw_torch", "learning_rate": 1e-3,
+        "lora": True, "save_strategy": "steps", "save_steps": stop,
+    }  # fmt: skip
+    straight, whole, _ = trained(tmp_path / "a", **options)
+    checkpoint = str(tmp_path / "a/out" / f"checkpoint-{stop}")
+    resumed, rest, _ = trained(tmp_path / "b", resume=checkpoint, **options)
+    assert torch.equal(weights(straight), weights(resumed))
+    rewards = [
+        [entry["reward_mean"] for entry in trainer.state.log_history if "reward_mean" in entry]
+        for trainer in (whole, rest)
+    ]
+    assert rewards[0] == rewards[1]
+
+
+def test_epochs_are_shuffled_differently(tmp_path):
+    trainer = methods.load("on_policy").build(make_setting(tmp_path))
+    sampler = trainer._get_train_sampler()
+    first = list(sampler)
+    assert list(sampler) == first
+    assert sorted(set(first)) == list(range(8))
+    assert len(first) == 8 * 2 * 2  # two samples, and once for each micro-batch of a window
+    trainer.state.global_step = 4
+    assert list(sampler) != first
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss_type": "grpo"}, "loss_type does nothing in on_policy"),
+        ({"beta": 0.1}, "beta does nothing"),
+        ({"temperature": 0.7}, "temperature does nothing"),
+        ({"steps_per_generation": 4}, "one set for each accumulation window"),
+        (
+            {"truncation_penalty": 1.0, "mask_truncated_completions": True},
+            "truncation_penalty must be 0",
+        ),
+        ({"num_generations": 3}, "divisible by num_generations"),
+    ],
+)
+def test_keys_that_would_change_nothing_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make_setting(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gradient_accumulation_steps": 16}, "takes 16 prompts .* there are 8"),
+        ({"max_length": 105}, "is 106, more than max_length: 105"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        methods.load("on_policy").build(make_setting(tmp_path, **wrong))
+
+
+# --- a planted task --------------------------------------------------------------------------------
+
+PATTERN = [20, 30, 40, 50]
+
+
+@pytest.fixture(scope="module")
+def planted_teacher():
+    """A teacher whose likelihood prefers one pattern of tokens after every prompt."""
+    form = make_form()
+    teacher = make_model(len(form.tokenizer), seed=1)
+    prompts = [form.encode(form.render(prompt.question)) for prompt in PROMPTS]
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
+    for _ in range(25):
+        for ids in prompts[::2]:
+            row = torch.tensor([ids + PATTERN])
+            log_p = teacher(row).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            optimizer.zero_grad()
+            (-log_p[range(4), PATTERN].mean()).backward()
+            optimizer.step()
+    return teacher
+
+
+def expected_reward(setting, samples=32):
+    """Mean log p_T − log p_S per token of fresh samples, with its standard error: mean of the prompts'."""
+    rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
+    written = write_samples(setting.student, setting.form, rows, Sampling(4, 1.0), 12345)
+    pairs = [prompt_and_completion(setting.form, one) for one in written]
+    own, teacher = (
+        completion_log_probs(model, pairs, batch_size=64)
+        for model in (setting.student, setting.teacher.model)
+    )
+    rewards = torch.stack([(t - s).sum() for t, s in zip(teacher, own, strict=True)])
+    return rewards.mean().item(), (rewards.std() / len(rewards) ** 0.5).item()
+
+
+def assert_reward_rises(tmp_path, teacher, seed, steps, **options):
+    setting = make_setting(
+        tmp_path, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps,
+        per_device_train_batch_size=16, num_generations=8, gradient_accumulation_steps=1,
+        max_completion_length=4, optim="adamw_torch", learning_rate=3e-3, **options,
+    )  # fmt: skip
+    before, error_before = expected_reward(setting)
+    methods.load("on_policy").build(setting).train()
+    after, error_after = expected_reward(setting)
+    rise, error = after - before, math.hypot(error_before, error_after)
+    assert rise > 5 * error, f"seed {seed}: {before:.3f} → {after:.3f} ± {error:.3f}"
+
+
+def test_the_planted_reward_rises(tmp_path, planted_teacher):
+    assert_reward_rises(tmp_path, planted_teacher, 2, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("reward", ["token_kl", "teacher_logprob"])
+def test_the_planted_reward_rises_for_every_seed(tmp_path, planted_teacher, seed, reward):
+    assert_reward_rises(tmp_path, planted_teacher, seed, 100, reward=reward, num_iterations=2)
