@@ -19,16 +19,29 @@ def series(log_history: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def _training(axes: plt.Axes, history: list[dict]) -> None:
+    """The loss; for methods that learn from rewards the reward, since a policy gradient's loss says nothing."""
+    rewards = series(history, "reward_mean")
+    if rewards[0]:
+        axes.plot(*rewards, color=BLUE, label="training prompts")
+        axes.plot(*series(history, "eval_reward_mean"), color=ORANGE, marker="o", label="held out")
+        axes.set(title="Mean reward of the student's samples", xlabel="optimizer step")
+    else:
+        axes.plot(*series(history, "loss"), color=BLUE, label="training loss")
+        if any("eval_loss" in entry for entry in history):  # SPIN has none
+            axes.plot(
+                *series(history, "eval_loss"), color=ORANGE, marker="o", label="held-out loss"
+            )
+        axes.set(title="Loss", xlabel="optimizer step", ylabel="nats", ylim=(0, None))
+    axes.legend(frameon=False)
+
+
 def training_curves(run: RunDirectory) -> Path:
-    """results/training_curves.png: loss on the left, held-out fidelity on the right."""
+    """results/training_curves.png: loss or reward on the left, held-out fidelity on the right."""
     record = run.read_result("run.json")
     history, heldout = record["log_history"], record["heldout"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(*series(history, "loss"), color=BLUE, label="training loss")
-    if any("eval_loss" in entry for entry in history):  # SPIN has none
-        left.plot(*series(history, "eval_loss"), color=ORANGE, marker="o", label="held-out loss")
-    left.set(title="Loss", xlabel="optimizer step", ylabel="nats", ylim=(0, None))
-    left.legend(frameon=False)
+    _training(left, history)
     last_step = max(entry["step"] for entry in history)
     for key, color, label in (
         ("kl_nats", GREEN, "KL(teacher‖student)"),

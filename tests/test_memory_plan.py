@@ -101,3 +101,19 @@ def test_the_peak_is_the_larger_phase():
     parts = [part("w", 2, "always"), part("kv", 3, "generate"), part("act", 1, "train")]
     assert memory_plan.peak(parts) == (5, "generate")
     assert "5.00 GB  in phase generate" in memory_plan.to_text(parts)
+
+
+def test_a_student_that_writes_needs_a_cache_for_its_window(teacher_folder, tmp_path):
+    from medistill_trl.methods.on_policy import METHOD
+
+    _, arguments, source = parts_of(
+        teacher_folder, tmp_path, config_class=METHOD.config,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    parts = METHOD.loss_memory(arguments, source.config, source.config)
+    length = memory_plan.longest(arguments)
+    config = source.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * 8 * length * config.num_key_value_heads * head_dim * 4
+    assert gb(parts, "student KV cache, 8 ×") == pytest.approx(size / 1e9)
+    assert gb(parts, "teacher forward") > 0

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from test_token_kl_models import LargestTensor
 
 from medistill_trl.losses.heads import CalledHead, LinearHead
 from medistill_trl.losses.policy import (
@@ -160,6 +161,15 @@ def test_one_sided_bounds():
     assert terms["clipped"].sum() == 0
     _, terms = policy.loss(old_log_probs_N=old - 0.3, clip=(0.2, 0.2))
     assert terms["clipped"].sum() == N
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_logits_of_a_chunk_are_the_largest_tensor(called):
+    policy = Policy(called, tokens=200)
+    with LargestTensor() as seen:
+        loss, _ = policy.loss(entropy_coef=BETA, chunk_size=20)
+        loss.backward()
+    assert seen.numel == max(20 * V, 200 * H)
 
 
 def test_without_gradients_there_is_only_the_value():

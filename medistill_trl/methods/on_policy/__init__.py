@@ -1,0 +1,209 @@
+"""On-policy distillation by REINFORCE: the student learns from its own samples, the teacher is the reward.
+
+    L = − Σ_t ρ_t A_t log π(a_t) − β Σ_t H_t   over completion tokens, divided by their number
+
+A_t is the credit of token t: its return under γ minus a baseline over the prompt's other samples (`losses.policy`,
+`rewards`). Each accumulation window's completions are drawn in one go from the student as it is; with
+`num_iterations` > 1 they are trained on several times, and ρ, exactly 1 the first time, makes up for the
+student having moved on. At gamma 0 and reward token_kl this is on-policy distillation token by token, at gamma 1
+the policy gradient of the sequence's reverse KL (MiniLLM, arXiv 2306.08543).
+
+`GRPOTrainer` gives the construction, its config's keys and checks, the sampling of prompts in groups, and the
+evaluation's data loading. Not used of it: its generation (drawn from the global random state, so that a
+resumed run differs), its advantages (of whole sequences, scaled) and its loss (whole logits).
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+
+from datasets import Dataset
+from trl import GRPOConfig
+from trl.trainer.base_config import _BaseConfig
+
+from medistill_trl.errors import UserError
+from medistill_trl.memory_plan import policy_memory
+from medistill_trl.methods import Method
+from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
+from medistill_trl.rewards import TeacherReward
+from medistill_trl.setting import Setting
+from medistill_trl.teacher import DRAWS_PER_STEP
+
+# Of the keys GRPOConfig adds, those that mean something here.
+USED = {
+    "disable_dropout", "entropy_coef", "epsilon", "epsilon_high", "mask_truncated_completions",
+    "max_completion_length", "model_init_kwargs", "num_generations", "num_generations_eval",
+    "num_iterations", "shuffle_dataset", "trust_remote_code",
+}  # fmt: skip
+
+
+@dataclass
+class OnPolicyConfig(GRPOConfig):
+    """`trl.GRPOConfig` plus the reward and its credit. β is its `entropy_coef`, K its `num_generations`, ε
+    its `epsilon`; keys of it that would change nothing here are refused."""
+
+    LIMITS = {  # see schema.py
+        "gamma": {"min": 0, "max": 1},
+        "truncation_penalty": {"min": 0},
+        "likelihood_weight": {"min": 0},
+        "correctness_weight": {"min": 0},
+        "loss_chunk_size": {"min": 1},
+        "num_generations": {"min": 2},
+        "num_iterations": {"min": 1},
+        "entropy_coef": {"min": 0},
+        "epsilon": {"above": 0, "below": 1},
+        "max_completion_length": {"min": 1},
+    }
+
+    reward: str = field(
+        default="token_kl",
+        metadata={
+            "help": "teacher_logprob (the teacher's log-probability of the completion), token_kl (log p_T − "
+            "log p_S of every token; needs a shared tokenizer) or sequence (likelihood and right answers).",
+            "choices": ["teacher_logprob", "token_kl", "sequence"],
+        },
+    )
+    logprob_reduction: str = field(
+        default="mean",
+        metadata={"help": "Of teacher_logprob over the tokens.", "choices": ["mean", "sum"]},
+    )
+    likelihood_weight: float = field(
+        default=1.0, metadata={"help": "Of the mean teacher log-probability in reward sequence."}
+    )
+    correctness_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of a right final answer in reward sequence, where the prompt has an answer."
+        },
+    )
+    truncation_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Taken from the reward of a completion cut at the length limit."},
+    )
+    gamma: float = field(
+        default=1.0,
+        metadata={
+            "help": "Discount of later rewards in a token's credit: 0 its own only, 1 all that follow."
+        },
+    )
+    baseline: str = field(
+        default="leave_one_out",
+        metadata={
+            "help": "Subtracted from the credit: none, group_mean of the prompt's samples, or "
+            "leave_one_out, that of the others.",
+            "choices": ["none", "group_mean", "leave_one_out"],
+        },
+    )
+    num_generations: int = field(default=4, metadata={"help": "Samples of each prompt."})
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Samples of each prompt in an evaluation."}
+    )
+    num_iterations: int = field(
+        default=1, metadata={"help": "Optimizer steps on each window's samples."}
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "β, weight of the entropy over the whole vocabulary."}
+    )
+    epsilon: float = field(
+        default=0.2,
+        metadata={
+            "help": "How far from 1 the ratio of reused samples may go (num_iterations > 1)."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest completion of the student; null: as long as teacher_max_new_tokens."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that prompt and completion may take together; null: any."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Train without dropout, so that what is trained is what was sampled."},
+    )
+    loss_chunk_size: int = field(
+        default=256,
+        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
+    )
+
+    def __post_init__(self):
+        self.remove_unused_columns = False
+        inherited = {item.name for item in fields(_BaseConfig)} | USED
+        for item in fields(GRPOConfig):
+            default = item.default if item.default is not MISSING else item.default_factory()
+            if item.name not in inherited and getattr(self, item.name) != default:
+                raise ValueError(
+                    f"{item.name} does nothing in on_policy and must be left out, got {getattr(self, item.name)!r}: "
+                    "samples are plain draws from the student, one set for each accumulation window"
+                )
+        if self.mask_truncated_completions and self.truncation_penalty:
+            raise ValueError(
+                "truncation_penalty must be 0 with mask_truncated_completions, which takes these completions "
+                f"out of the loss, got {self.truncation_penalty}"
+            )
+        super().__post_init__()
+
+
+def build(setting: Setting) -> OnPolicyTrainer:
+    """The trainer. Completions of the teacher are not used, only its judgement."""
+    args, teacher_args = setting.arguments.training, setting.arguments.teacher
+    if args.max_completion_length is None:
+        args.max_completion_length = teacher_args.teacher_max_new_tokens
+    _check(setting)
+    reward = TeacherReward(
+        setting.teacher,
+        setting.heldout.shared,
+        args.reward,
+        args.logprob_reduction,
+        args.likelihood_weight,
+        args.correctness_weight,
+        args.truncation_penalty,
+        batch_size=args.per_device_train_batch_size,
+        chunk_size=args.loss_chunk_size,
+    )
+    prompts, heldout = (
+        Dataset.from_list([{"question": p.question, "answer": p.answer} for p in prompts])
+        for prompts in (setting.train_prompts, setting.heldout.prompts)
+    )
+    return OnPolicyTrainer(
+        model=setting.student,
+        args=args,
+        train_dataset=prompts,
+        eval_dataset=heldout,
+        reward=reward,
+        form=setting.form,
+        totals=setting.totals,
+        write_batch_size=teacher_args.teacher_batch_size,
+    )
+
+
+def _check(setting: Setting) -> None:
+    """What only the loaded data and the other keys show."""
+    args = setting.arguments.training
+    longest = setting.arguments.data.max_prompt_tokens + args.max_completion_length
+    if args.max_length is not None and longest > args.max_length:
+        raise UserError(
+            f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: "
+            f"{args.max_length}"
+        )
+    needed = args.generation_batch_size // args.num_generations
+    if needed > len(setting.train_prompts):
+        raise UserError(
+            f"recipe: an accumulation window takes {needed} prompts (generation_batch_size / "
+            f"num_generations), and there are {len(setting.train_prompts)}: lower "
+            "gradient_accumulation_steps or per_device_train_batch_size"
+        )
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if rows > DRAWS_PER_STEP:
+        raise UserError(f"recipe: a window may have {DRAWS_PER_STEP} samples a process, got {rows}")
+
+
+METHOD = Method(
+    name="on_policy",
+    config=OnPolicyConfig,
+    teacher_access="black_box",
+    build=build,
+    paper="arXiv 2306.08543",
+    loss_memory=policy_memory,
+)
