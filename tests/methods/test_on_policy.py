@@ -314,17 +314,14 @@ def planted_teacher():
     return teacher
 
 
-def expected_reward(setting, samples=32):
-    """Mean log p_T − log p_S per token of fresh samples, with its standard error: mean of the prompts'."""
+def expected_reward(trainer, samples=32):
+    """The mean reward of fresh samples of every prompt, and its standard error."""
+    student, form = trainer.model, trainer.form
     rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
-    written = write_samples(setting.student, setting.form, rows, Sampling(4, 1.0), 12345)
-    pairs = [prompt_and_completion(setting.form, one) for one in written]
-    own, teacher = (
-        completion_log_probs(model, pairs, batch_size=64)
-        for model in (setting.student, setting.teacher.model)
-    )
-    rewards = torch.stack([(t - s).sum() for t, s in zip(teacher, own, strict=True)])
-    return rewards.mean().item(), (rewards.std() / len(rewards) ** 0.5).item()
+    written = write_samples(student, form, rows, Sampling(4, 1.0), 12345)
+    own = completion_log_probs(student, [prompt_and_completion(form, one) for one in written])
+    scores = trainer.reward(written, own).scores_B
+    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
 
 
 def assert_reward_rises(tmp_path, teacher, seed, steps, **options):
@@ -333,11 +330,13 @@ def assert_reward_rises(tmp_path, teacher, seed, steps, **options):
         per_device_train_batch_size=16, num_generations=8, gradient_accumulation_steps=1,
         max_completion_length=4, optim="adamw_torch", learning_rate=3e-3, **options,
     )  # fmt: skip
-    before, error_before = expected_reward(setting)
-    methods.load("on_policy").build(setting).train()
-    after, error_after = expected_reward(setting)
+    trainer = methods.load("on_policy").build(setting)
+    before, error_before = expected_reward(trainer)
+    trainer.train()
+    after, error_after = expected_reward(trainer)
     rise, error = after - before, math.hypot(error_before, error_after)
-    assert rise > 5 * error, f"seed {seed}: {before:.3f} → {after:.3f} ± {error:.3f}"
+    print(f"planted: seed {seed} {options}: {before:.3f} → {after:.3f}, standard error {error:.3f}")
+    assert rise > 5 * error
 
 
 def test_the_planted_reward_rises(tmp_path, planted_teacher):
