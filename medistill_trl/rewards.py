@@ -16,26 +16,24 @@ may be charged for it. An empty one has score 0 (plus what its answer earns, whi
 Shapes: B completions, T tokens of the longest, C tokens of one.
 """
 
-import importlib.util
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
+from medistill_trl.answer_matching import matches
 from medistill_trl.errors import UserError
 from medistill_trl.losses.chunked import CHUNK_SIZE
-from medistill_trl.losses.heads import OutputHead
-from medistill_trl.losses.policy import at_last, token_log_probs
-from medistill_trl.losses.token_kl import completion_states
-from medistill_trl.prompts import IGNORED, encode_completion
-from medistill_trl.rollouts import Sample
-from medistill_trl.teacher import Teacher
+from medistill_trl.losses.policy import at_last
+from medistill_trl.prompts import encode_example
+from medistill_trl.rationales import RationaleFormat
+from medistill_trl.rollouts import Sample, encode_sample
+from medistill_trl.teacher import Teacher, completion_log_probs
 
 KINDS = ("teacher_logprob", "token_kl", "sequence")
 REDUCTIONS = ("mean", "sum")
+ANSWER_FORMAT = RationaleFormat(separator="Final answer:", end_marker="", instruction="")
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,10 @@ class Rewards:
 
 
 def answer_is_right(text: str, reference: str) -> bool:
-    """Does a completion's final answer, or all of a short completion, say what the reference says?"""
-    from medistill_trl.answer_matching import matches
-
-    stated = re.findall(r"final answer\W*:\s*(.+)", text, re.IGNORECASE)
-    return matches(stated[-1].strip("*_ ") if stated else text, reference)
+    """Does a completion's final answer, or all of a completion without one, say what the reference says?"""
+    parsed = ANSWER_FORMAT.parse(text)
+    stated = text if parsed.answer is None else parsed.answer
+    return not parsed.answers_differ and matches(stated, reference)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class TeacherReward:
         chunk_size: Tokens whose logits exist at a time.
 
     Raises:
-        UserError: what the pair, or this installation, cannot serve.
+        UserError: what the pair cannot serve.
     """
 
     teacher: Teacher
@@ -110,13 +107,6 @@ class TeacherReward:
                 "For this pair take reward: teacher_logprob or sequence, which pass text; or a student "
                 "with the teacher's tokenizer."
             )
-        matcher = "medistill_trl.answer_matching"
-        needed = self._judges_answers and self.is_right is answer_is_right
-        if needed and not importlib.util.find_spec(matcher):
-            raise UserError(
-                f"correctness_weight: {self.correctness_weight} needs the module {matcher}, which is not "
-                "installed; set it to 0"
-            )
 
     @property
     def _judges_answers(self) -> bool:
@@ -131,9 +121,9 @@ class TeacherReward:
             samples: At least one.
             student_log_probs: log p_S of each completion's tokens, (C,); only token_kl looks at them.
         """
-        rows = [self._read(sample) for sample in samples]
+        examples = [self._read(sample) for sample in samples]
         log_probs = completion_log_probs(
-            self.teacher.model, rows, self.shared, self.batch_size, self.chunk_size
+            self.teacher.model, examples, self.shared, self.batch_size, self.chunk_size
         )
         device = log_probs[0].device
         lengths = torch.tensor([len(sample.token_ids) for sample in samples], device=device)
@@ -152,14 +142,13 @@ class TeacherReward:
         aligned = None if self.shared is None else log_probs
         return Rewards(self.kind == "token_kl", rewards_BT, scores_B, mask_BT, parts, aligned)
 
-    def _read(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Prompt and completion in the teacher's tokens."""
+    def _read(self, sample: Sample) -> dict[str, list[int]]:
+        """The completion as the teacher reads it."""
         form = self.teacher.form
-        prompt = form.render(sample.question)
         if self.shared is not None:
-            return form.encode(prompt), sample.token_ids
-        text, finished = sample.completion.text, sample.completion.finished
-        return form.encode(prompt), encode_completion(form.tokenizer, prompt, text, finished)
+            return encode_sample(form, sample)
+        completion = sample.completion
+        return encode_example(form, sample.question, completion.text, completion.finished, None)
 
     def _charges(self, samples: Sequence[Sample]) -> torch.Tensor:
         cut = [self.truncation_penalty if sample.truncated else 0.0 for sample in samples]
@@ -183,46 +172,3 @@ class TeacherReward:
             parts["correct"] = torch.tensor(right, dtype=scores_B.dtype, device=scores_B.device)
             scores_B[asked] += self.correctness_weight * parts["correct"]
         return scores_B, parts
-
-
-@torch.no_grad()
-def completion_log_probs(
-    model: PreTrainedModel,
-    rows: Sequence[tuple[list[int], list[int]]],
-    vocab_size: int | None = None,
-    batch_size: int = 8,
-    chunk_size: int = CHUNK_SIZE,
-) -> list[torch.Tensor]:
-    """log p(y_t | x, y_<t) of every completion token, at temperature 1 and without dropout.
-
-    Args:
-        model: A causal language model, not wrapped by DDP; its training mode is restored.
-        rows: Token ids of a prompt, not empty, and of a completion.
-        vocab_size: Leading tokens that the distributions are over; None for all.
-        batch_size: Rows in one forward.
-
-    Returns:
-        (C,) each, float32, nats; empty for an empty completion.
-    """
-    was_training = model.training
-    model.eval()
-    head, device = OutputHead.of(model), model.device
-    log_probs = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        ids = [torch.tensor(prompt + completion) for prompt, completion in part]
-        labels = [torch.tensor([IGNORED] * len(prompt) + completion) for prompt, completion in part]
-        # What stands in the padding is masked and on the right: any token will do.
-        hidden_BTH = model.get_decoder()(
-            input_ids=pad_sequence(ids, True).to(device),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], True).to(device),
-            use_cache=False,
-        ).last_hidden_state
-        labels_BT = pad_sequence(labels, True, IGNORED).to(device)
-        states_NH, tokens_N = completion_states(hidden_BTH, labels_BT)
-        found_N = token_log_probs(
-            states_NH, tokens_N, head, vocab_size=vocab_size, chunk_size=chunk_size
-        )
-        log_probs += found_N.split([len(completion) for _, completion in part])
-    model.train(was_training)
-    return log_probs

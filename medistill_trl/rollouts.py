@@ -82,37 +82,41 @@ def write_samples(
     ]
 
 
-def prompt_and_completion(form: PromptFormat, sample: Sample) -> tuple[list[int], list[int]]:
-    """What the student read and wrote, in its own tokens."""
-    return form.encode(form.render(sample.question)), sample.token_ids
+def encode_sample(form: PromptFormat, sample: Sample) -> dict[str, list[int]]:
+    """The sample's own tokens after a model's prompt: `input_ids` and `labels` as in `encode_example`."""
+    prompt_ids = form.encode(form.render(sample.question))
+    return {
+        "input_ids": prompt_ids + sample.token_ids,
+        "labels": [IGNORED] * len(prompt_ids) + sample.token_ids,
+    }
 
 
 def training_batch(
-    rows: Sequence[tuple[list[int], list[int]]],
+    examples: Sequence[dict[str, list[int]]],
     values: Sequence[torch.Tensor],
     learnt: Sequence[bool],
     pad_token_id: int,
 ) -> dict[str, torch.Tensor]:
-    """Rows padded on the right, (B, L) each.
+    """Examples padded on the right, (B, L) each.
 
     Args:
-        rows: Token ids of prompt and completion.
+        examples: From `encode_sample`.
         values: A number for each completion token, (C,) each or longer.
-        learnt: Whether the completion's tokens have labels.
+        learnt: Whether the completion's tokens keep their labels.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (`IGNORED` on prompts, padding and what is not learnt) and
         `values`, each where its token stands.
     """
     columns = {"input_ids": [], "attention_mask": [], "labels": [], "values": []}
-    for (prompt, completion), value, wanted in zip(rows, values, learnt, strict=True):
-        columns["input_ids"].append(torch.tensor(prompt + completion))
-        columns["attention_mask"].append(torch.ones(len(prompt) + len(completion)).long())
-        labels = completion if wanted else [IGNORED] * len(completion)
-        columns["labels"].append(torch.tensor([IGNORED] * len(prompt) + labels))
-        columns["values"].append(
-            torch.cat([torch.zeros(len(prompt)), value[: len(completion)].cpu().float()])
-        )
+    for example, value, wanted in zip(examples, values, learnt, strict=True):
+        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
+        written = labels != IGNORED
+        placed = torch.zeros(len(ids)).masked_scatter(written, value.cpu().float())
+        columns["input_ids"].append(ids)
+        columns["attention_mask"].append(torch.ones_like(ids))
+        columns["labels"].append(labels if wanted else torch.full_like(labels, IGNORED))
+        columns["values"].append(placed)
     padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED, "values": 0.0}
     return {name: pad_sequence(columns[name], True, padding[name]) for name in columns}
 

@@ -11,8 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.heads import OutputHead
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.policy import token_log_probs
+from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.prompts import IGNORED, PromptFormat
 
 DRAWS_PER_STEP = 4096  # prompts of an accumulation window on one process, at most
@@ -209,31 +211,62 @@ def completion_logits(
 
 
 @torch.no_grad()
+def completion_log_probs(
+    model: PreTrainedModel,
+    examples: Sequence[dict[str, list[int]]],
+    vocab_size: int | None = None,
+    batch_size: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> list[torch.Tensor]:
+    """log p(y_t | x, y_<t) of every completion token, at temperature 1 and without dropout.
+
+    Only the states that predict completion tokens go through the output head, a chunk at a time.
+
+    Args:
+        model: A causal language model, not wrapped by DDP; its training mode is restored.
+        examples: `input_ids` and `labels` as `encode_example` gives them.
+        vocab_size: Leading tokens that the distributions are over; None for all.
+        batch_size: Examples in one forward; None for all.
+        chunk_size: Tokens whose logits exist at a time.
+
+    Returns:
+        (C,) each, float32, nats; empty for an example without completion tokens.
+    """
+    was_training = model.training
+    model.eval()
+    head, device = OutputHead.of(model), model.device
+    log_probs = []
+    size = batch_size or max(1, len(examples))
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        ids = [torch.tensor(example["input_ids"]) for example in part]
+        labels = [torch.tensor(example["labels"]) for example in part]
+        # What stands in the padding is masked and on the right: any token will do.
+        hidden_BTH = model.get_decoder()(
+            input_ids=pad_sequence(ids, True).to(device),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], True).to(device),
+            use_cache=False,
+        ).last_hidden_state
+        labels_BT = pad_sequence(labels, True, IGNORED).to(device)
+        states_NH, tokens_N = completion_states(hidden_BTH, labels_BT)
+        found_N = token_log_probs(
+            states_NH, tokens_N, head, vocab_size=vocab_size, chunk_size=chunk_size
+        )
+        log_probs += found_N.split([int((row != IGNORED).sum()) for row in labels])
+    model.train(was_training)
+    return log_probs
+
+
 def mean_log_likelihoods(model: PreTrainedModel, examples: Sequence[dict]) -> list[float]:
     """How likely a model finds completions: the mean log-probability of their tokens, in nats.
 
-    One forward for all; only the states that predict completion tokens go through the output head, a chunk
-    at a time.
-
     Args:
-        examples: `input_ids` and `labels` as `encode_example` gives them.
+        examples: `input_ids` and `labels` as `encode_example` gives them; one forward for all.
 
     Returns:
         At most 0; 0 for an example without completion tokens.
     """
-    ids = [torch.tensor(example["input_ids"]) for example in examples]
-    labels_BT = pad_sequence([torch.tensor(e["labels"]) for e in examples], True, IGNORED)
-    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], True)
-    # What stands in the padding is masked and on the right: any token will do.
-    hidden_BTH = model.get_decoder()(
-        input_ids=pad_sequence(ids, True).to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        use_cache=False,
-    ).last_hidden_state
-    head = OutputHead.of(model)
-    scores = []
-    for hidden_TH, labels_T in zip(hidden_BTH, labels_BT.to(model.device), strict=True):
-        states_NH, targets_N = completion_states(hidden_TH[None], labels_T[None])
-        loss, _ = distillation_loss(states_NH, targets_N, head, alpha=0.0, metrics=False)
-        scores.append(-loss.item() / max(1, len(targets_N)))
-    return scores
+    return [
+        log_probs.mean().item() if len(log_probs) else 0.0
+        for log_probs in completion_log_probs(model, examples)
+    ]

@@ -1,17 +1,15 @@
 """Rewards against the plain formula on tiny real models: tokens, ends, limits, tokenizers, answers."""
 
-import importlib.util
-
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
 from medistill_trl.errors import UserError
 from medistill_trl.models import _set_generation
-from medistill_trl.prompts import PromptFormat
-from medistill_trl.rewards import TeacherReward, completion_log_probs
-from medistill_trl.rollouts import Sample, prompt_and_completion, training_batch
-from medistill_trl.teacher import Completion, Teacher, completion_logits
+from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.rewards import TeacherReward, answer_is_right
+from medistill_trl.rollouts import Sample, encode_sample, training_batch
+from medistill_trl.teacher import Completion, Teacher, completion_log_probs, completion_logits
 
 QUESTION = "Why does gout hurt?"
 END = 2
@@ -92,9 +90,7 @@ def test_neither_batches_nor_chunks_nor_padding_change_a_reward(teacher, batch_s
 
 def test_token_kl_is_the_difference_of_each_token(teacher):
     student = make_model(600, layers=2, seed=2)
-    own = completion_log_probs(
-        student, [prompt_and_completion(teacher.form, one) for one in SAMPLES]
-    )
+    own = completion_log_probs(student, [encode_sample(teacher.form, one) for one in SAMPLES])
     found = TeacherReward(teacher, 600, "token_kl")(SAMPLES, own)
     assert found.per_token
     for row, one in enumerate(SAMPLES):
@@ -164,27 +160,17 @@ def test_sequence_weighs_likelihood_and_right_answers(teacher):
     assert len(reward(samples[2:]).parts["correct"]) == 0
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("medistill_trl.answer_matching") is not None, reason="it is installed"
-)
-def test_answers_that_cannot_be_judged_are_refused(teacher):
-    with pytest.raises(UserError, match=r"correctness_weight: 3\.0 needs the module"):
-        TeacherReward(teacher, 600, "sequence", correctness_weight=3.0)
-
-
 @pytest.mark.parametrize(
     ("text", "right"),
     [
         ("Gout.\n\nFinal answer: Radial nerve", True),
         ("**Final answer:** ulnar nerve", False),
         ("The radial nerve.", True),
+        ("Final answer: radial nerve\nFinal answer: ulnar nerve", False),
         ("", False),
     ],
 )
 def test_a_final_answer_is_found_in_a_completion(text, right):
-    pytest.importorskip("medistill_trl.answer_matching")
-    from medistill_trl.rewards import answer_is_right
-
     assert answer_is_right(text, "radial nerve") is right
 
 
@@ -204,16 +190,19 @@ def test_what_the_teacher_cannot_read_is_cut():
 
 def test_a_models_mode_and_dropout_do_not_matter():
     student = make_model(600, layers=2, attention_dropout=0.5).train()
-    rows = [([5, 6], [7, 8])]
-    first, again = (completion_log_probs(student, rows)[0] for _ in range(2))
+    example = {"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}
+    first, again = (completion_log_probs(student, [example])[0] for _ in range(2))
     assert student.training
     assert torch.equal(first, again)
 
 
 def test_a_training_batch_puts_values_where_their_tokens_stand():
-    rows = [([5, 6], [7, 8]), ([5], []), ([5], [9])]
+    examples = [
+        {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+        for prompt, ids in (([5, 6], [7, 8]), ([5], []), ([5], [9]))
+    ]
     values = torch.tensor([[1.0, 2.0], [0, 0], [3, 0]])
-    batch = training_batch(rows, values, [True, True, False], 1)
+    batch = training_batch(examples, values, [True, True, False], 1)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 1, 1, 1], [5, 9, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100] * 4, [-100] * 4]

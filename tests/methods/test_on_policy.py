@@ -18,13 +18,12 @@ from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.methods.on_policy import OnPolicyConfig
 from medistill_trl.models import _set_generation
 from medistill_trl.prompts import IGNORED, PromptFormat
-from medistill_trl.rewards import completion_log_probs
-from medistill_trl.rollouts import prompt_and_completion, write_samples
+from medistill_trl.rollouts import encode_sample, write_samples
 from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Sampling, Teacher
+from medistill_trl.teacher import Sampling, Teacher, completion_log_probs
 
 PROMPTS = [
-    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
+    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r", "yes")
     for i in range(8)
 ]
 TINY = {
@@ -192,11 +191,17 @@ def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path):
 @pytest.mark.parametrize("reward", ["teacher_logprob", "sequence", "token_kl"])
 def test_every_reward_trains_an_adapter_with_every_baseline(tmp_path, reward, baseline):
     setting, trainer, before = trained(
-        tmp_path, lora=True, reward=reward, baseline=baseline, truncation_penalty=0.5
+        tmp_path,
+        lora=True,
+        reward=reward,
+        baseline=baseline,
+        truncation_penalty=0.5,
+        correctness_weight=1.0,
     )
     assert logged(trainer, "kl_to_start_nats")[0] == pytest.approx(0, abs=1e-5)
     assert logged(trainer, "kl_to_start_nats")[1] != 0
     assert len(logged(trainer, "kl_to_teacher_nats")) == 2
+    assert len(logged(trainer, "reward_correct")) == (2 if reward == "sequence" else 0)
     assert len(logged(trainer, "reward_likelihood")) == (0 if reward == "token_kl" else 2)
     moved = {
         name for name, value in setting.student.state_dict().items()
@@ -319,7 +324,7 @@ def expected_reward(trainer, samples=32):
     student, form = trainer.model, trainer.form
     rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
     written = write_samples(student, form, rows, Sampling(4, 1.0), 12345)
-    own = completion_log_probs(student, [prompt_and_completion(form, one) for one in written])
+    own = completion_log_probs(student, [encode_sample(form, one) for one in written])
     scores = trainer.reward(written, own).scores_B
     return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
 

@@ -19,15 +19,15 @@ from medistill_trl.losses.policy import policy_loss, sequence_advantages, token_
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.prompts import IGNORED, PromptFormat
-from medistill_trl.rewards import Rewards, TeacherReward, completion_log_probs
+from medistill_trl.rewards import Rewards, TeacherReward
 from medistill_trl.rollouts import (
     Sample,
-    prompt_and_completion,
+    encode_sample,
     summary,
     training_batch,
     write_samples,
 )
-from medistill_trl.teacher import Sampling, draw_seed
+from medistill_trl.teacher import Sampling, completion_log_probs, draw_seed
 
 
 class PromptSampler(RepeatSampler):
@@ -125,7 +125,7 @@ class OnPolicyTrainer(GRPOTrainer):
         seconds = monotonic() - start
         written = sum(len(sample.token_ids) for sample in samples)
         self.totals.generated_student += written
-        pairs, rewards = self._score(samples, "train")
+        examples, rewards = self._score(samples, "train")
         speed = self.accelerator.gather(torch.tensor(written / seconds, device=self.args.device))
         self._metrics["train"]["generated_tokens_per_second"].append(speed.sum().item())
         credits_BT = self._advantages(rewards)
@@ -136,7 +136,7 @@ class OnPolicyTrainer(GRPOTrainer):
         for first in range(0, len(samples), size):
             part = slice(first, first + size)
             batch = training_batch(
-                pairs[part], credits_BT[part], learnt[part], self.form.tokenizer.pad_token_id
+                examples[part], credits_BT[part], learnt[part], self.form.tokenizer.pad_token_id
             )
             window.append({name: tensor.to(self.args.device) for name, tensor in batch.items()})
         return window
@@ -151,27 +151,27 @@ class OnPolicyTrainer(GRPOTrainer):
 
     def _score(self, samples: list[Sample], mode: str) -> tuple[list, Rewards]:
         """Tokens and rewards; puts what they are into the log."""
-        pairs = [prompt_and_completion(self.form, sample) for sample in samples]
-        own = self._log_probs(pairs)
+        examples = [encode_sample(self.form, sample) for sample in samples]
+        own = self._log_probs(examples)
         with self.accelerator.autocast():
             rewards = self.reward(samples, own)
         others = {} if rewards.teacher_log_probs is None else {"teacher": rewards.teacher_log_probs}
         if isinstance(self._student, PeftModel):
             with self._student.disable_adapter():
-                others["start"] = self._log_probs(pairs)
+                others["start"] = self._log_probs(examples)
         log_ratios = {
             f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
             for name, log_probs in others.items()
         }
         for name, value in summary(samples, rewards.scores_B, rewards.parts, log_ratios).items():
             self._metrics[mode][name].append(value)
-        return pairs, rewards
+        return examples, rewards
 
-    def _log_probs(self, pairs: list) -> list[torch.Tensor]:
+    def _log_probs(self, examples: list) -> list[torch.Tensor]:
         with self.accelerator.autocast():
             return completion_log_probs(
                 self._student,
-                pairs,
+                examples,
                 batch_size=self.args.per_device_train_batch_size,
                 chunk_size=self.args.loss_chunk_size,
             )
