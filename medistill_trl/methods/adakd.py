@@ -182,8 +182,10 @@ class AdaKDTrainer(LogitKDTrainer):
         super().__init__(*args, **kwargs)
         self.focus = TokenFocus(self.args.token_share)
         self._step = TokenMeans()
-        self.selects = self.args.temperature_rule == "difficulty"
-        if self.selects and self.args.token_share_step > 0:
+        # At alpha 0 nothing is distilled, so there is no divergence to follow.
+        self.selects = self.args.temperature_rule == "difficulty" and self.args.alpha > 0
+        self.follows = self.selects and self.args.token_share_step > 0
+        if self.follows:
             self.add_callback(_FollowLoss(self))
 
     def _temperatures(
@@ -212,7 +214,7 @@ class AdaKDTrainer(LogitKDTrainer):
 
     def _record(self, sums: dict[str, torch.Tensor]) -> None:
         super()._record(sums)
-        if self.model.training:
+        if self.follows and self.model.training:
             self._step.add({name: sums[name] for name in ("tokens", "divergence")})
 
     def follow_loss(self) -> None:
@@ -230,12 +232,12 @@ class AdaKDTrainer(LogitKDTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
+        if self.follows and self.args.should_save:
             write_text(Path(output_dir) / FOCUS, json.dumps(asdict(self.focus)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if self.follows and checkpoint is not None:
             self.focus = TokenFocus(**json.loads((Path(checkpoint) / FOCUS).read_text()))
 
 

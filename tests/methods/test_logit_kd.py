@@ -195,6 +195,17 @@ def test_the_share_of_tokens_follows_the_loss(tmp_path):
     assert (smooth.average, smooth.share) == (3.5, 0.5)
 
 
+@pytest.mark.parametrize("rule", ["inverse_confidence", "difficulty"])
+def test_without_a_divergence_adakd_is_plain_cross_entropy(tmp_path, rule):
+    setting, trainer, before = trained(
+        tmp_path, "adakd", **ONE_STEP, alpha=0.0, temperature_rule=rule
+    )
+    (loss, ce, _), _ = plain(setting, before, lambda z: torch.ones(len(z)), 1.0, 0.0)
+    assert logged(trainer) == pytest.approx([loss], rel=1e-4)
+    assert loss == pytest.approx(ce)
+    assert logged(trainer, "ce_nats") == pytest.approx([ce], rel=1e-4)
+
+
 def test_the_share_moves_while_training_and_is_resumed(tmp_path):
     changes = {
         "temperature_rule": "difficulty",
