@@ -116,7 +116,7 @@ def load_teacher(
     model = _load(
         source, dtype, device, config, student_args.attn_implementation, trust_remote_code
     )
-    _set_generation(model, tokenizer)
+    set_generation(model, tokenizer)
     return model.requires_grad_(False).eval()
 
 
@@ -132,7 +132,7 @@ def load_student(
     config = quantization(args.student_load_in_4bit, args.student_load_in_8bit, dtype, args)
     model = _load(source, dtype, device, config, args.attn_implementation, trust_remote_code)
     keep_4bit_trainable(model)
-    _set_generation(model, tokenizer)
+    set_generation(model, tokenizer)
     model.config.use_cache = (
         False  # training never reuses keys; generation asks for the cache itself
     )
@@ -162,7 +162,7 @@ def keep_4bit_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Drop the sampling defaults a checkpoint ships (temperature, repetition penalty, ...): decoding
     is what the recipe says. The end-of-turn tokens stay."""
     shipped = model.generation_config.eos_token_id

@@ -1,21 +1,15 @@
 """Crafted teacher outputs where a run looks for them: in its completion store."""
 
-import copy
 from types import SimpleNamespace
 
-import torch
-from conftest import make_model, make_tokenizer
+import tiny_setting
+from tiny_setting import train
 
 from medistill_trl import methods
-from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore, _request
 from medistill_trl.data import Prompt
-from medistill_trl.heldout import HeldoutCheck
-from medistill_trl.models import _set_generation
 from medistill_trl.prompts import PromptFormat
-from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Completion, Sampling, Teacher
+from medistill_trl.teacher import Completion, Sampling
 
 
 def store_completions(
@@ -57,30 +51,7 @@ PROMPTS = [
     )
     for i in range(8)
 ]
-TINY = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "optim": "sgd",
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "logging_nan_inf_filter": False,
-    "rationale_max_new_tokens": 24,
-    "num_rationales": 3,
-}
-
-
-def make_form(**kwargs):
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.pad_token = "<|endoftext|>"
-    return PromptFormat(tokenizer)
+TINY = {"rationale_max_new_tokens": 24, "num_rationales": 3}
 
 
 def crafted(number, *others):
@@ -94,34 +65,22 @@ def crafted(number, *others):
     return texts[number % len(texts) :] + texts[: number % len(texts)]
 
 
-def make_setting(
-    tmp_path, texts=None, teacher_form=None, prompts=PROMPTS, resume=False, **training
-):
+def make_setting(folder, texts=None, prompts=PROMPTS, resume=False, **changes):
     """Crafted texts stand in the store for each prompt; `texts` maps prompt ids to others."""
-    form = make_form()
-    teacher_form = teacher_form or form
-    teacher_model = make_model(len(teacher_form.tokenizer), seed=1).requires_grad_(False).eval()
-    _set_generation(teacher_model, teacher_form.tokenizer)
-    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
-    student = make_model(len(form.tokenizer), layers=2, seed=2)
-    store = CompletionStore(tmp_path / "c.sqlite")
-    config = methods.load("cot").config(
-        output_dir=str(tmp_path / "checkpoints"), **{**TINY, **training}
+    setting = tiny_setting.make_setting(
+        folder,
+        "cot",
+        prompts=prompts,
+        run={"resume": resume},
+        teacher={"teacher_completions": "stored"},
+        **TINY | changes,
     )
-    arguments = Arguments(
-        RunArguments(method="cot", resume=resume),
-        StudentArguments(student_model="s"),
-        TeacherArguments("t", teacher_max_new_tokens=10, teacher_completions="stored"),
-        DataArguments(train_file="t", validation_file="v"),
-        config,
-    )
-    heldout = HeldoutCheck.prepare(form, teacher, prompts[:2], store, 10, None)
-    setting = Setting(arguments, student, form, teacher, store, prompts, heldout, Totals())
+    config, teacher = setting.arguments.training, setting.teacher
     texts = {p.id: crafted(n) for n, p in enumerate(prompts)} | (texts or {})
     store_completions(
-        store,
-        "t",
-        teacher_form,
+        setting.store,
+        teacher.identity,
+        teacher.form,
         config.rationale_sampling(setting.sampling),
         {config.rationale_format().ask(prompt.question): texts[prompt.id] for prompt in prompts},
     )
@@ -133,17 +92,5 @@ def build(setting):
     return methods.load("cot").build(setting)
 
 
-def trained(tmp_path, **kwargs):
-    setting = make_setting(tmp_path, **kwargs)
-    trainer = build(setting)
-    before = copy.deepcopy(setting.student.state_dict())
-    trainer.train()
-    return setting, trainer, before
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(setting):
-    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+def trained(folder, **changes):
+    return train(make_setting(folder, **changes))

@@ -22,7 +22,7 @@ from benchmarks.kd_variants import VARIANTS, floor, gkd, ours, plain, prepare, t
 from benchmarks.reproduction_table import BEGIN, END, QUANTITIES, insert, spread, table, verdict
 from medistill_trl import recipe
 from medistill_trl.errors import UserError
-from medistill_trl.models import _set_generation
+from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.teacher import Sampling, complete, completion_logits
@@ -181,7 +181,7 @@ def tiny():
     tokenizer.pad_token = "<|endoftext|>"
     form = PromptFormat(tokenizer)
     teacher = make_model(len(tokenizer), seed=1).eval()
-    _set_generation(teacher, tokenizer)
+    set_generation(teacher, tokenizer)
     prompts = [form.render(f"What causes condition {n}?") for n in range(2)]
     answers = []
     for prompt, written in zip(prompts, complete(teacher, form, prompts, Sampling(8)), strict=True):
@@ -204,7 +204,7 @@ def test_a_student_that_is_its_teacher(tiny):
 def test_another_student_against_the_plain_formula(tiny):
     teacher, form, answers = tiny
     student = make_model(len(form.tokenizer), layers=2, seed=5).eval()
-    _set_generation(student, form.tokenizer)
+    set_generation(student, form.tokenizer)
     measured = measure_student(student, form, answers[:1], answers, 8)
     kl = tokens = 0
     for answer in answers:

@@ -10,7 +10,7 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
 from medistill_trl.heldout import HeldoutCheck, compare_logits
-from medistill_trl.models import _set_generation
+from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.teacher import Completion, Teacher
 
@@ -26,7 +26,7 @@ def make_form(**kwargs):
 def make_check(tmp_path, student_form, teacher_form=None, seed=0):
     teacher_form = teacher_form or student_form
     model = make_model(len(teacher_form.tokenizer), seed=seed).eval()
-    _set_generation(model, teacher_form.tokenizer)
+    set_generation(model, teacher_form.tokenizer)
     teacher = Teacher(model, teacher_form.tokenizer, teacher_form, "t")
     store = CompletionStore(tmp_path / "c.sqlite")
     return HeldoutCheck.prepare(student_form, teacher, PROMPTS, store, 12, None)

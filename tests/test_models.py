@@ -84,7 +84,7 @@ def test_sampling_defaults_of_a_checkpoint_are_dropped_and_its_end_tokens_kept()
     model.generation_config.update(
         repetition_penalty=1.1, temperature=0.7, do_sample=True, eos_token_id=[2, 0]
     )
-    models._set_generation(model, tokenizer)
+    models.set_generation(model, tokenizer)
     assert model.generation_config.eos_token_id == [0, 2]
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert not model.generation_config.do_sample

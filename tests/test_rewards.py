@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from medistill_trl.errors import UserError
-from medistill_trl.models import _set_generation
+from medistill_trl.models import set_generation
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward, answer_is_right
 from medistill_trl.rollouts import Sample, encode_sample, training_batch
@@ -19,7 +19,7 @@ def make_teacher(vocab_size=600, chat=True, extra_rows=0):
     tokenizer = make_tokenizer(vocab_size, chat)
     tokenizer.pad_token = "<|endoftext|>"
     model = make_model(len(tokenizer) + extra_rows, seed=1).requires_grad_(False).eval()
-    _set_generation(model, tokenizer)
+    set_generation(model, tokenizer)
     return Teacher(model, tokenizer, PromptFormat(tokenizer), "t")
 
 

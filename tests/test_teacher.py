@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from medistill_trl.models import _set_generation
+from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.teacher import Completion, Sampling, Teacher, _cut, complete, completion_logits
 
@@ -16,7 +16,7 @@ def pair(request):
     tokenizer = make_tokenizer(chat=request.param)
     tokenizer.pad_token = "<|endoftext|>"
     model = make_model(len(tokenizer)).eval()
-    _set_generation(model, tokenizer)
+    set_generation(model, tokenizer)
     return model, PromptFormat(tokenizer)
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from crafted_rationales import PROMPTS, REASON, TINY, build, make_form, make_setting
+from crafted_rationales import PROMPTS, REASON, TINY, build, make_setting
+from tiny_setting import TRAINING, make_form
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
@@ -196,7 +197,7 @@ def test_a_resumed_run_takes_its_scores_from_the_record(tmp_path, monkeypatch):
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        methods.load("cot").config(output_dir=str(tmp_path), **{**TINY, **wrong})
+        methods.load("cot").config(output_dir=str(tmp_path), **{**TRAINING, **TINY, **wrong})
 
 
 def test_texts_that_could_never_be_read_are_refused(tmp_path):

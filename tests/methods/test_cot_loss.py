@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import make_model
-from crafted_rationales import PROMPTS, TINY, build, losses, make_setting, trained, weights
+from crafted_rationales import PROMPTS, build, make_setting, trained
+from tiny_setting import TRAINING, logged, weights
 
 from medistill_trl.methods.sft import SFTDistillConfig, SFTDistillTrainer
 from medistill_trl.prompts import IGNORED
@@ -42,7 +43,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(tmp_path, changes):
     setting, trainer, before = trained(tmp_path, texts=texts, **ONE_STEP, **changes)
     expected = {"rationale_weight": 1.0, "answer_weight": 1.0} | changes
     loss, gradient = plain(setting, trainer.train_dataset, before, **expected)
-    assert losses(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    assert logged(trainer)[0] == pytest.approx(loss, rel=1e-5)
     start = torch.cat([v.flatten() for v in before.values()])
     torch.testing.assert_close(start - weights(setting), gradient, rtol=1e-3, atol=2e-6)
 
@@ -55,17 +56,17 @@ def test_by_hand(tmp_path):
     trainer = build(setting)
     trainer.train()
     vocabulary = torch.tensor(float(len(setting.form.tokenizer)))
-    assert losses(trainer)[0] == pytest.approx(vocabulary.log().item(), rel=1e-6)
-    logged = next(e for e in trainer.state.log_history if "rationale_ce_nats" in e)
-    assert logged["rationale_ce_nats"] == pytest.approx(vocabulary.log().item(), rel=1e-6)
-    assert logged["answer_ce_nats"] == pytest.approx(vocabulary.log().item(), rel=1e-6)
+    assert logged(trainer)[0] == pytest.approx(vocabulary.log().item(), rel=1e-6)
+    entry = next(e for e in trainer.state.log_history if "rationale_ce_nats" in e)
+    assert entry["rationale_ce_nats"] == pytest.approx(vocabulary.log().item(), rel=1e-6)
+    assert entry["answer_ce_nats"] == pytest.approx(vocabulary.log().item(), rel=1e-6)
 
 
 def test_weights_of_one_are_sft_on_the_same_texts(tmp_path):
     """By the normal path, and to 1e-6 by the weighted one too."""
     setting, trainer, _ = trained(tmp_path / "cot")
     reference = make_setting(tmp_path / "sft")
-    config = {k: v for k, v in TINY.items() if "rationale" not in k}
+    config = TRAINING
     sft = SFTDistillTrainer(
         model=reference.student,
         args=SFTDistillConfig(output_dir=str(tmp_path / "sft/checkpoints"), **config),
@@ -75,14 +76,14 @@ def test_weights_of_one_are_sft_on_the_same_texts(tmp_path):
         totals=reference.totals,
     )
     sft.train()
-    assert losses(trainer) == losses(sft)
+    assert logged(trainer) == logged(sft)
     assert torch.equal(weights(setting), weights(reference))
     assert setting.totals.trained == reference.totals.trained > 0
     weighted = make_setting(tmp_path / "weighted")
     trainer = build(weighted)
     trainer.uniform = False
     trainer.train()
-    assert losses(trainer) == pytest.approx(losses(sft), abs=1e-6)
+    assert logged(trainer) == pytest.approx(logged(sft), abs=1e-6)
     torch.testing.assert_close(weights(weighted), weights(reference), rtol=0, atol=1e-6)
 
 
@@ -94,7 +95,7 @@ def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, changes):
         setting, trainer, _ = trained(
             tmp_path / f"{size}", texts={"p3": ["?"] * 3}, **{**ONE_STEP, **shape, **changes}
         )
-        after[size] = weights(setting), losses(trainer)[0]
+        after[size] = weights(setting), logged(trainer)[0]
     torch.testing.assert_close(after[1][0], after[8][0], rtol=1e-4, atol=1e-6)
     assert after[1][1] == pytest.approx(after[8][1], rel=1e-5)
 
@@ -119,7 +120,7 @@ def test_a_window_without_weight_changes_nothing(tmp_path):
     texts = {p.id: ["?"] * 3 for p in PROMPTS}  # plain completions only
     changes = {"rationale_weight": 1.0, "answer_weight": 0.0}
     setting, trainer, before = trained(tmp_path, texts=texts, **ONE_STEP, **changes)
-    assert losses(trainer) == [0.0]
+    assert logged(trainer) == [0.0]
     assert torch.equal(weights(setting), torch.cat([v.flatten() for v in before.values()]))
 
 

@@ -3,89 +3,35 @@
 import copy
 
 import pytest
+import tiny_setting
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model
+from tiny_setting import ONE_STEP, PROMPTS, logged, make_form, train, weights
 
 from medistill_trl import methods
-from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.checkpoints import Totals
-from medistill_trl.completion_store import CompletionStore
-from medistill_trl.data import Prompt
-from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.methods.adakd import AdaKDConfig, TokenFocus, difficulty_temperatures, hardest
-from medistill_trl.models import _set_generation
 from medistill_trl.pairs import encode_completion_pair
-from medistill_trl.prompts import IGNORED, PromptFormat
-from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Completion, Teacher
-
-PROMPTS = [
-    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
-    for i in range(8)
-]
-TINY = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "optim": "sgd",
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "max_new_tokens": 9,
-    "logging_nan_inf_filter": False,
-}
-
-
-def make_form(**kwargs):
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.pad_token = "<|endoftext|>"
-    return PromptFormat(tokenizer)
+from medistill_trl.prompts import IGNORED
+from medistill_trl.teacher import Completion
 
 
 def make_setting(
-    tmp_path, method="logit_kd", extra_rows=0, teacher_chat=True, completions="online", **training
+    folder, method="logit_kd", extra_rows=0, teacher_chat=True, completions="online", **training
 ):
     """A teacher whose head and embedding may have more rows than the student's, as Meditron's has."""
-    form, teacher_form = make_form(), make_form(chat=teacher_chat)
-    size = len(form.tokenizer)
-    teacher_model = make_model(size + extra_rows, seed=1).requires_grad_(False).eval()
-    _set_generation(teacher_model, teacher_form.tokenizer)
-    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
-    student = make_model(size, layers=2, seed=2)
-    _set_generation(student, form.tokenizer)
-    store = CompletionStore(tmp_path / "c.sqlite")
-    config = methods.load(method).config(output_dir=str(tmp_path / "out"), **{**TINY, **training})
-    arguments = Arguments(
-        RunArguments(method=method),
-        StudentArguments(student_model="s"),
-        TeacherArguments("t", teacher_max_new_tokens=10, teacher_completions=completions),
-        DataArguments(train_file="t", validation_file="v"),
-        config,
+    teacher_form = make_form(chat=teacher_chat)
+    return tiny_setting.make_setting(
+        folder,
+        method,
+        teacher_form=teacher_form,
+        teacher_model=make_model(len(teacher_form.tokenizer) + extra_rows, seed=1),
+        teacher={"teacher_completions": completions},
+        **{"max_new_tokens": 9, **training},
     )
-    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
-    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
 
 
-def trained(tmp_path, method="logit_kd", **kwargs):
-    setting = make_setting(tmp_path, method, **kwargs)
-    trainer = methods.load(method).build(setting)
-    before = copy.deepcopy(setting.student.state_dict())
-    trainer.train()
-    return setting, trainer, before
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(setting):
-    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+def trained(folder, method="logit_kd", **changes):
+    return train(make_setting(folder, method, **changes))
 
 
 def plain(setting, state, temperature_of, weight_of_ce=0.5, weight_of_kd=0.5):
@@ -111,9 +57,6 @@ def plain(setting, state, temperature_of, weight_of_ce=0.5, weight_of_kd=0.5):
         totals += torch.stack([part.sum().detach() for part in parts])
         tokens += len(ids)
     return (totals / tokens).tolist(), tokens
-
-
-ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 @pytest.mark.parametrize("setup", [{}, {"extra_rows": 7}, {"teacher_chat": False}])
@@ -223,7 +166,7 @@ def test_the_share_moves_while_training_and_is_resumed(tmp_path):
     assert len(set(shares)) > 3
     setting = make_setting(tmp_path, "adakd", **changes)
     again = methods.load("adakd").build(setting)
-    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints/checkpoint-3"))
     assert logged(again, "token_share") == shares
     assert logged(again) == logged(trainer)
 

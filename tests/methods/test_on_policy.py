@@ -4,91 +4,30 @@ import copy
 import math
 
 import pytest
+import tiny_setting
 import torch
-from conftest import make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
+from conftest import make_model
+from tiny_setting import PROMPTS, logged, make_form, train, weights
 
 from medistill_trl import methods
-from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.checkpoints import Totals
-from medistill_trl.completion_store import CompletionStore
-from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
-from medistill_trl.heldout import HeldoutCheck
-from medistill_trl.methods.on_policy import OnPolicyConfig
-from medistill_trl.models import _set_generation
-from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.prompts import IGNORED
 from medistill_trl.rollouts import encode_sample, write_samples
-from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import Sampling, Teacher, completion_log_probs
+from medistill_trl.teacher import Sampling, completion_log_probs
 
-PROMPTS = [
-    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r", "yes")
-    for i in range(8)
-]
 TINY = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "data": {"max_prompt_tokens": 100},
     "num_generations": 2,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "optim": "sgd",
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "logging_nan_inf_filter": False,
     "max_completion_length": 6,
 }
 
 
-def make_form(**kwargs):
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.pad_token = "<|endoftext|>"
-    return PromptFormat(tokenizer)
+def make_setting(folder, **changes):
+    return tiny_setting.make_setting(folder, "on_policy", **TINY | changes)
 
 
-def make_setting(tmp_path, lora=False, teacher_form=None, teacher_model=None, **training):
-    form = make_form()
-    teacher_form = teacher_form or form
-    if teacher_model is None:
-        teacher_model = make_model(len(teacher_form.tokenizer), seed=1)
-    _set_generation(teacher_model.requires_grad_(False).eval(), teacher_form.tokenizer)
-    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
-    student = make_model(len(form.tokenizer), layers=2, seed=training.get("seed", 2))
-    _set_generation(student, form.tokenizer)
-    if lora:
-        student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32))
-    store = CompletionStore(tmp_path / "c.sqlite")
-    arguments = Arguments(
-        RunArguments(method="on_policy"),
-        StudentArguments(student_model="s"),
-        TeacherArguments("t", teacher_max_new_tokens=10),
-        DataArguments(train_file="t", validation_file="v", max_prompt_tokens=100),
-        OnPolicyConfig(output_dir=str(tmp_path / "out"), **{**TINY, **training}),
-    )
-    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
-    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
-
-
-def trained(tmp_path, resume=None, **kwargs):
-    setting = make_setting(tmp_path, **kwargs)
-    trainer = methods.load("on_policy").build(setting)
-    before = copy.deepcopy(setting.student.state_dict())
-    trainer.train(resume_from_checkpoint=resume)
-    return setting, trainer, before
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(setting):
-    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+def trained(folder, resume=None, **changes):
+    return train(make_setting(folder, **changes), resume)
 
 
 def plain_log_probs(model, prompt, ids):
@@ -225,7 +164,11 @@ def test_an_evaluation_reports_the_same_rewards_for_the_same_weights(tmp_path):
     _, trainer, _ = trained(
         tmp_path, eval_strategy="steps", eval_steps=1, learning_rate=1e-12, max_steps=2
     )
-    first, second = logged(trainer, "eval_reward_mean")
+    first, second = (
+        entry["eval_reward_mean"]
+        for entry in trainer.state.log_history
+        if "eval_reward_mean" in entry
+    )
     assert first == pytest.approx(second, rel=1e-4)
     assert logged(trainer, "eval_loss") == []
 
@@ -240,7 +183,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
         "lora": True, "save_strategy": "steps", "save_steps": stop,
     }  # fmt: skip
     straight, whole, _ = trained(tmp_path / "a", **options)
-    checkpoint = str(tmp_path / "a/out" / f"checkpoint-{stop}")
+    checkpoint = str(tmp_path / "a/checkpoints" / f"checkpoint-{stop}")
     resumed, rest, _ = trained(tmp_path / "b", resume=checkpoint, **options)
     assert torch.equal(weights(straight), weights(resumed))
     rewards = [

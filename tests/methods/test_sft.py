@@ -1,92 +1,26 @@
 """SFT on what the teacher writes: the estimator, the accumulation, the movement."""
 
 import copy
+from functools import partial
 
 import pytest
+import tiny_setting
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model
 from peft import LoraConfig, get_peft_model
+from tiny_setting import PROMPTS, logged, make_form, train, weights
 
 from medistill_trl import methods
-from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.checkpoints import Totals
-from medistill_trl.completion_store import CompletionStore
-from medistill_trl.data import Prompt
 from medistill_trl.errors import RunFailed
 from medistill_trl.guards import FiniteGuard
-from medistill_trl.heldout import HeldoutCheck
-from medistill_trl.methods.sft import SFTDistillConfig
-from medistill_trl.models import _set_generation
 from medistill_trl.pipeline import build_trainer
-from medistill_trl.prompts import PromptFormat
-from medistill_trl.setting import Arguments, Setting
-from medistill_trl.teacher import DRAWS_PER_STEP, Teacher, draw_seed
+from medistill_trl.teacher import DRAWS_PER_STEP, draw_seed
 
-PROMPTS = [
-    Prompt(f"p{i}", "s", f"What causes condition number {i}?" + " Explain." * (i % 4), "r")
-    for i in range(8)
-]
+make_setting = partial(tiny_setting.make_setting, method="sft")
 
 
-def make_form(**kwargs):
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.pad_token = "<|endoftext|>"
-    return PromptFormat(tokenizer)
-
-
-def make_setting(tmp_path, teacher_form=None, teacher_changes=None, **training):
-    form = make_form()
-    teacher_form = teacher_form or form
-    teacher_model = make_model(len(teacher_form.tokenizer), seed=1).requires_grad_(False).eval()
-    _set_generation(teacher_model, teacher_form.tokenizer)
-    teacher = Teacher(teacher_model, teacher_form.tokenizer, teacher_form, "t")
-    student = make_model(len(form.tokenizer), layers=2, seed=2)
-    store = CompletionStore(tmp_path / "c.sqlite")
-    config = SFTDistillConfig(
-        output_dir=str(tmp_path / "out"),
-        **{
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_nan_inf_filter": False,
-            **training,
-        },
-    )
-    arguments = Arguments(
-        RunArguments(method="sft"),
-        StudentArguments(student_model="s"),
-        TeacherArguments(teacher_model="t", teacher_max_new_tokens=10, **(teacher_changes or {})),
-        DataArguments(train_file="t", validation_file="v"),
-        config,
-    )
-    heldout = HeldoutCheck.prepare(form, teacher, PROMPTS[:2], store, 10, None)
-    return Setting(arguments, student, form, teacher, store, PROMPTS, heldout, Totals())
-
-
-def trained(tmp_path, **kwargs):
-    setting = make_setting(tmp_path, **kwargs)
-    trainer = methods.load("sft").build(setting)
-    before = copy.deepcopy(setting.student.state_dict())
-    trainer.train()
-    return setting, trainer, before
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(setting):
-    return torch.cat([p.detach().flatten() for p in setting.student.parameters()])
+def trained(folder, **changes):
+    return train(make_setting(folder, **changes))
 
 
 def test_the_loss_falls_the_student_moves_and_the_teacher_does_not(tmp_path):
@@ -95,7 +29,7 @@ def test_the_loss_falls_the_student_moves_and_the_teacher_does_not(tmp_path):
     before = weights(setting).clone()
     trainer = methods.load("sft").build(setting)
     trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    assert logged(trainer)[-1] < logged(trainer)[0] - 0.5
     assert not torch.equal(weights(setting), before)
     for name, value in setting.teacher.model.state_dict().items():
         assert torch.equal(value, teacher_before[name]), name
@@ -121,7 +55,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_teachers_tokens(tmp_path):
         for t, token in enumerate(target):
             total -= logits[len(ids) + t - 1, token].item()
             tokens += 1
-    assert losses(trainer)[0] == pytest.approx(total / tokens, rel=1e-3)
+    assert logged(trainer)[0] == pytest.approx(total / tokens, rel=1e-3)
     assert setting.totals.trained == tokens
 
 
@@ -137,9 +71,9 @@ def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode):
             gradient_accumulation_steps=steps,
             max_grad_norm=0.0,
             learning_rate=1.0,
-            teacher_changes={"teacher_completions": mode},
+            teacher={"teacher_completions": mode},
         )
-        after[rows] = weights(setting), losses(trainer)[0]
+        after[rows] = weights(setting), logged(trainer)[0]
     for rows in (1, 2):
         torch.testing.assert_close(after[rows][0], after[8][0], rtol=1e-4, atol=1e-6)
         assert after[rows][1] == pytest.approx(after[8][1], rel=1e-4)
@@ -147,11 +81,11 @@ def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode):
 
 def test_online_and_stored_train_alike_when_greedy(tmp_path):
     runs = {
-        mode: trained(tmp_path / mode, max_steps=4, teacher_changes={"teacher_completions": mode})
+        mode: trained(tmp_path / mode, max_steps=4, teacher={"teacher_completions": mode})
         for mode in ("online", "stored")
     }
     torch.testing.assert_close(weights(runs["online"][0]), weights(runs["stored"][0]))
-    assert losses(runs["online"][1]) == pytest.approx(losses(runs["stored"][1]), rel=1e-5)
+    assert logged(runs["online"][1]) == pytest.approx(logged(runs["stored"][1]), rel=1e-5)
 
 
 def test_online_answers_a_whole_window_in_one_batch(tmp_path, monkeypatch):
@@ -170,9 +104,9 @@ def test_online_answers_a_whole_window_in_one_batch(tmp_path, monkeypatch):
 
 def test_stored_asks_the_teacher_nothing_the_second_time(tmp_path):
     stored = {"teacher_completions": "stored"}
-    first, _, _ = trained(tmp_path, teacher_changes=stored)
+    first, _, _ = trained(tmp_path, teacher=stored)
     assert first.totals.generated_teacher > 0
-    second, _, _ = trained(tmp_path, teacher_changes=stored)
+    second, _, _ = trained(tmp_path, teacher=stored)
     assert second.totals.generated_teacher == second.teacher.generated_tokens == 0
     assert torch.equal(weights(first), weights(second))
 
@@ -213,16 +147,14 @@ def test_a_bfloat16_adapter_is_resumed_in_bfloat16_bit_for_bit(tmp_path):
         return [p for p in setting.student.parameters() if p.requires_grad]
 
     straight = run(tmp_path / "a")
-    resumed = run(tmp_path / "b", str(tmp_path / "a/out/checkpoint-2"))
+    resumed = run(tmp_path / "b", str(tmp_path / "a/checkpoints/checkpoint-2"))
     assert {p.dtype for p in resumed} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
 def test_teacher_batch_size_splits_a_window_and_changes_nothing(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", max_steps=1)[0]
-    setting = make_setting(
-        tmp_path / "split", max_steps=1, teacher_changes={"teacher_batch_size": 3}
-    )
+    setting = make_setting(tmp_path / "split", max_steps=1, teacher={"teacher_batch_size": 3})
     sizes = []
     original = setting.teacher.complete
     monkeypatch.setattr(
@@ -239,7 +171,7 @@ def test_sampled_online_completions_change_from_step_to_step(tmp_path):
         max_steps=2,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
-        teacher_changes={"teacher_temperature": 1.0},
+        teacher={"teacher_temperature": 1.0},
     )
     trainer = methods.load("sft").build(setting)
     windows = []
@@ -255,7 +187,7 @@ def test_several_samples_per_prompt_are_all_trained_on(tmp_path):
     setting = make_setting(
         tmp_path,
         num_completions=3,
-        teacher_changes={"teacher_completions": "stored", "teacher_temperature": 1.0},
+        teacher={"teacher_completions": "stored", "teacher_temperature": 1.0},
     )
     assert len(methods.load("sft").build(setting).train_dataset) == 3 * len(PROMPTS)
 
@@ -263,7 +195,7 @@ def test_several_samples_per_prompt_are_all_trained_on(tmp_path):
 def test_the_two_tokenizers_may_differ(tmp_path):
     """A base teacher with its own tokenizer and no chat template; the student learns its text."""
     setting, trainer, _ = trained(tmp_path, teacher_form=make_form(vocab_size=450, chat=False))
-    assert all(loss > 0 for loss in losses(trainer))
+    assert all(loss > 0 for loss in logged(trainer))
     batch = trainer._write_completions([[trainer.train_dataset[0]]])[0]
     labels = [token for token in batch["labels"][0].tolist() if token >= 0]
     prompt = trainer.train_dataset[0]["teacher_prompt"]

@@ -12,10 +12,7 @@ from peft import PeftModel
 from spin_runs import (
     FORM,
     ONE_STEP,
-    PROMPTS,
     answers,
-    logged,
-    make_form,
     make_setting,
     make_trainer,
     policy,
@@ -23,6 +20,7 @@ from spin_runs import (
     same,
     trained,
 )
+from tiny_setting import PROMPTS, logged, make_form
 from transformers import TrainerCallback
 
 from medistill_trl import methods

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from spin_runs import make_form
+from tiny_setting import make_form
 
 from medistill_trl.methods.spin.rounds import (
     RoundFile,

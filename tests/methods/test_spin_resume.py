@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from spin_runs import PROMPTS, answers, logged, policy, records, same, trained
+from spin_runs import answers, policy, records, same, trained
+from tiny_setting import PROMPTS, logged
 
 from medistill_trl.errors import RunFailed
 from medistill_trl.methods.spin import trainer as spin_trainer
