@@ -32,6 +32,7 @@ from medistill_trl.schema import (
     config_class_name,
     read_fields,
     read_own_fields,
+    read_requirements,
 )
 
 
@@ -90,7 +91,7 @@ def load(arguments: list[str]) -> Recipe:
     method = next(
         (entry for layer in reversed(layers) for entry in layer if entry.key == "method"), None
     )
-    schema, own_defaults = _schema_for(method, problems)
+    schema, own_defaults, required = _schema_for(method, problems)
     layers = [[entry.fitted(schema) for entry in layer] for layer in layers]
     winners = {entry.key: entry for layer in layers for entry in layer}
     warnings: list[str] = []
@@ -98,7 +99,7 @@ def load(arguments: list[str]) -> Recipe:
         for layer in layers:
             for entry in layer:
                 problems.extend(entry.say(text) for text in _check(entry, schema))
-        _check_whole(winners, schema, problems, warnings)
+        _check_whole(winners, schema, required, problems, warnings)
     if problems:
         raise RecipeError(problems)
     given = {key: entry.value for key, entry in winners.items()}
@@ -119,23 +120,25 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _schema_for(
     method: Entry | None, problems: list[str]
-) -> tuple[dict[str, Field], dict[str, Any]]:
-    """Every key of a recipe for this method, and the defaults of those this project defines."""
+) -> tuple[dict[str, Field], dict[str, Any], dict[str, tuple[Any, str]]]:
+    """Every key of a recipe for this method, the defaults of those this project defines, and the values
+    that the method needs."""
     if method is None:
         problems.append(f"no `method` given: one of {', '.join(methods())}")
-        return {}, {}
+        return {}, {}, {}
     if method.value not in methods():
         problems.append(
             f"{method.where}: method: {method.value!r} does not exist; one of {', '.join(methods())}"
         )
-        return {}, {}
+        return {}, {}, {}
     module = f"medistill_trl.methods.{method.value}"
     config = config_class_name(module)
     own = read_own_fields(module, config)
     for arguments in SHARED:
         own.update(read_fields(arguments.__module__, arguments.__name__))
     defaults = {name: item.default for name, item in own.items() if item.default is not REQUIRED}
-    return {**read_fields(module, config), **own}, defaults
+    schema = {**read_fields(module, config), **own}
+    return schema, defaults, read_requirements(module, config)
 
 
 def _check(entry: Entry, schema: dict[str, Field]) -> list[str]:
@@ -214,7 +217,11 @@ def _limit_problems(value: Any, limits: dict[str, float]) -> list[str]:
 
 
 def _check_whole(
-    winners: dict[str, Entry], schema: dict[str, Field], problems: list[str], warnings: list[str]
+    winners: dict[str, Entry],
+    schema: dict[str, Field],
+    required: dict[str, tuple[Any, str]],
+    problems: list[str],
+    warnings: list[str],
 ) -> None:
     """What only the merged recipe shows: missing keys, contradictions, files that are not there."""
     problems.extend(
@@ -230,8 +237,13 @@ def _check_whole(
     for key, entry in winners.items():
         if key in schema and _type_problem(entry.value, schema[key]) is None:
             values[key] = entry.value
-    for found, rules in ((problems, conflicts), (warnings, cautions)):
-        for key, text in rules(values):
+    needs = [
+        (key, f"must be {value} with this method: {why}")
+        for key, (value, why) in required.items()
+        if values.get(key) != value
+    ]
+    for found, said in ((problems, [*needs, *conflicts(values)]), (warnings, cautions(values))):
+        for key, text in said:
             found.append(winners[key].say(text) if key in winners else f"{key}: {text}")
     for key in ("train_file", "validation_file"):
         if isinstance(values.get(key), str) and not Path(values[key]).is_file():

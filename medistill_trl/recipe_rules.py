@@ -118,16 +118,6 @@ def _completion_conflicts(values: dict) -> Iterator[tuple[str, str]]:
             )
         if online:
             yield "num_completions", "needs teacher_completions: stored; online draws one per visit"
-    if online and "num_rationales" in values:
-        yield (
-            "teacher_completions",
-            "must be stored here: rationales of one prompt are compared before any is trained on",
-        )
-    if online and "epochs_per_iteration" in values:  # SPIN
-        yield (
-            "teacher_completions",
-            "must be stored: every iteration trains on the same answers of the teacher",
-        )
     if online and values.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
         yield (
             "train_sampling_strategy",

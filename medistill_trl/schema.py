@@ -10,7 +10,10 @@ metadata on to argparse, which knows no bounds:
 
     LIMITS = {"lora_r": {"min": 1}, "lora_dropout": {"min": 0, "below": 1}}
 
-`min` and `max` are inclusive, `above` and `below` exclusive.
+`min` and `max` are inclusive, `above` and `below` exclusive. A method that works with one value only of a
+key that all methods share says so, and why, in another one:
+
+    REQUIRES = {"teacher_completions": ("stored", "every epoch trains on the same answers")}
 """
 
 import ast
@@ -66,6 +69,11 @@ def read_own_fields(module: str, class_name: str) -> dict[str, Field]:
     return _own_fields(*_require_class(module, class_name))
 
 
+def read_requirements(module: str, class_name: str) -> dict[str, tuple[Any, str]]:
+    """What the class declares in `REQUIRES`: key → the one value that works, and why."""
+    return _declared(_require_class(module, class_name)[1], "REQUIRES")
+
+
 def _require_class(module: str, class_name: str) -> tuple[Path, ast.ClassDef]:
     path = _module_path(module)
     found = _find_class(path, class_name) if path else None
@@ -97,10 +105,7 @@ def _read_class(path: Path, class_def: ast.ClassDef) -> dict[str, Field]:
 
 
 def _own_fields(path: Path, class_def: ast.ClassDef) -> dict[str, Field]:
-    limits = {}
-    for node in class_def.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LIMITS":
-            limits = ast.literal_eval(node.value)
+    limits = _declared(class_def, "LIMITS")
     return {
         node.target.id: _read_field(path, node, limits.get(node.target.id, {}))
         for node in class_def.body
@@ -108,6 +113,14 @@ def _own_fields(path: Path, class_def: ast.ClassDef) -> dict[str, Field]:
         and isinstance(node.target, ast.Name)
         and not (isinstance(node.annotation, ast.Name) and node.annotation.id == "InitVar")
     }
+
+
+def _declared(class_def: ast.ClassDef, name: str) -> dict:
+    """A class attribute that is a literal dict; empty where the class has none."""
+    for node in class_def.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def _read_field(path: Path, node: ast.AnnAssign, limits: dict[str, float]) -> Field:

@@ -113,6 +113,12 @@ def test_each_kind_of_problem(tmp_path, text, expected):
     assert expected in "\n".join(problems(tmp_path, text))
 
 
+@pytest.mark.parametrize("method", ["cot", "spin"])
+def test_a_method_says_what_it_needs_of_a_shared_key(tmp_path, method):
+    [found] = problems(tmp_path, "teacher_completions: online", base=f"recipes/{method}.yaml")
+    assert "o.yaml:1: teacher_completions: must be stored with this method: " in found
+
+
 def test_required_keys_are_named(tmp_path):
     found = "\n".join(problems(tmp_path, "method: sft", base=None))
     for key in ("teacher_model", "student_model", "train_file", "validation_file"):

@@ -29,7 +29,13 @@ from medistill_trl.teacher import Sampling
 class CoTConfig(SFTConfig):
     """`trl.SFTConfig` plus how rationales are drawn, filtered, chosen and weighted."""
 
-    LIMITS = {  # see schema.py
+    REQUIRES = {  # see schema.py
+        "teacher_completions": (
+            "stored",
+            "rationales of one prompt are compared before any is trained on",
+        )
+    }
+    LIMITS = {
         "num_rationales": {"min": 1},
         "sampling_temperature": {"min": 0},
         "rationale_max_new_tokens": {"min": 1},

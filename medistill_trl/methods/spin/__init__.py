@@ -46,7 +46,10 @@ class SpinConfig(DPOConfig):
     """`trl.DPOConfig` plus the iterations. An epoch of the evaluation, save and logging strategies is an
     iteration."""
 
-    LIMITS = {  # see schema.py
+    REQUIRES = {  # see schema.py
+        "teacher_completions": ("stored", "every iteration trains on the same answers")
+    }
+    LIMITS = {
         "beta": {"above": 0},
         "num_iterations": {"min": 1},
         "epochs_per_iteration": {"min": 1},
