@@ -63,6 +63,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
             method.name,
             methods.names("black_box"),
         )
+    method.check(arguments, loaded)
     if arguments.run.dry_run:
         print_plan(recipe, method, arguments, loaded)
         state.destroy_process_group()

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from medistill_trl.data import Prompt
+    from medistill_trl.inputs import Loaded
     from medistill_trl.memory_plan import LossMemory
-    from medistill_trl.setting import Setting
+    from medistill_trl.setting import Arguments, Setting
 
 
 def _plain_example(config: "SFTConfig", prompt: "Prompt") -> tuple[str, str]:
     return prompt.question, prompt.reference
+
+
+def _any_pair(arguments: "Arguments", loaded: "Loaded") -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Method:
             cross-entropy of TRL's SFTTrainer.
         example: From the method's config and a prompt to what the teacher is asked, and what the student
             would learn if the teacher wrote the reference; for the dry run.
+        check: Refuses, with a `UserError`, what the recipe asks of this pair and cannot be; before any
+            weights are loaded, in a dry run too.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Method:
     paper: str
     loss_memory: "LossMemory | None" = None
     example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
+    check: "Callable[[Arguments, Loaded], None]" = _any_pair
 
 
 def load(name: str) -> Method:
