@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 READY := $(VENV)/.ready
 # Test files side by side, at most four: each may hold two small models.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py
 
 .PHONY: help setup demo test test-all reproduce bench lint clean
