@@ -106,15 +106,15 @@ def test_4bit_teacher_and_student_with_gradients_after_an_evaluation(tiny_overla
 
 
 def test_killed_and_resumed_it_earns_the_same_rewards(tiny_overlay, tmp_path):
-    """Three uses of each window, so that the newest checkpoint lies amid one."""
+    """In two processes, with three uses of each window, so that the newest checkpoint lies amid one."""
     flags = ["--num_iterations", 3, "--max_steps", 10, "--save_steps", 2]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    result = run(tiny_overlay, *flags, "--output_dir", straight)
+    result = launch(RECIPE, tiny_overlay, *flags, "--output_dir", straight, config="cpu_ddp.yaml")
     assert result.returncode == 0, result.stderr[-4000:]
     words = [RECIPE, tiny_overlay, *flags, "--output_dir", killed]
-    assert kill_after(launch_words(*words), 6), "it ended before step 6"
+    assert kill_after(launch_words(*words, config="cpu_ddp.yaml"), 6), "it ended before step 6"
     assert not (killed / "COMPLETE").exists()
-    result = launch(*words, "--resume")
+    result = launch(*words, "--resume", config="cpu_ddp.yaml")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "resuming from" in result.stderr
     assert (killed / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()

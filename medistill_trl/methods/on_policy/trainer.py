@@ -268,4 +268,7 @@ class OnPolicyTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.state.global_step % self.args.num_iterations:
             path = Path(checkpoint) / self._window_file
-            self._window = torch.load(path, map_location=self.args.device, weights_only=True)
+            # Several CPU processes have devices such as cpu:0, which torch.load does not know.
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            device = self.args.device
+            self._window = [{name: t.to(device) for name, t in batch.items()} for batch in kept]
