@@ -32,8 +32,7 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
     )
     print(f"# what the student sees, {len(rendered)} characters without loss\n{rendered}\n")
     print(
-        "# what it learns: what the teacher writes; here the reference stands in for it, "
-        f"{len(trained)} tokens with loss\n"
+        f"# what it learns: {method.learns}, {len(trained)} tokens with loss\n"
         f"{form.tokenizer.decode(trained)}\n"
     )
     print("dry run: everything checked, nothing trained")

@@ -64,6 +64,23 @@ def answer_is_right(text: str, reference: str) -> bool:
     return not parsed.answers_differ and matches(stated, reference)
 
 
+def check_pair(kind: str, shared: int | None) -> None:
+    """Refuse a reward that the pair cannot serve.
+
+    Args:
+        shared: Token ids the two models share; None if their tokenizers differ.
+
+    Raises:
+        UserError: naming the rewards that work.
+    """
+    if kind == "token_kl" and shared is None:
+        raise UserError(
+            "reward: token_kl compares the two models token by token, and their tokenizers differ. "
+            "For this pair take reward: teacher_logprob or sequence, which pass text; or a student "
+            "with the teacher's tokenizer."
+        )
+
+
 @dataclass(frozen=True)
 class TeacherReward:
     """The rewards of one pair of models.
@@ -96,16 +113,11 @@ class TeacherReward:
     chunk_size: int = CHUNK_SIZE
 
     def __post_init__(self):
+        check_pair(self.kind, self.shared)
         if self.kind not in KINDS or self.reduction not in REDUCTIONS:
             raise ValueError(
                 f"reward must be one of {', '.join(KINDS)} and its reduction one of "
                 f"{', '.join(REDUCTIONS)}, got {self.kind!r} and {self.reduction!r}"
-            )
-        if self.kind == "token_kl" and self.shared is None:
-            raise UserError(
-                "reward: token_kl compares the two models token by token, and their tokenizers differ. "
-                "For this pair take reward: teacher_logprob or sequence, which pass text; or a student "
-                "with the teacher's tokenizer."
             )
 
     @property

@@ -12,6 +12,7 @@ from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
+from medistill_trl.inputs import Loaded
 from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.setting import Arguments, Setting
@@ -100,6 +101,13 @@ def make_setting(
     store = CompletionStore(folder / "c.sqlite")
     heldout = HeldoutCheck.prepare(form, judge, prompts[:2], store, 10, None)
     return Setting(arguments, student, form, judge, store, prompts, heldout, Totals())
+
+
+def check(setting: Setting) -> None:
+    """What the method refuses before any weights are loaded."""
+    forms = setting.form, setting.teacher.form
+    loaded = Loaded(None, None, *forms, setting.train_prompts, setting.heldout.prompts, [])
+    methods.load(setting.arguments.run.method).check(setting.arguments, loaded)
 
 
 def train(setting, resume=None):

@@ -45,6 +45,7 @@ class Method:
             cross-entropy of TRL's SFTTrainer.
         example: From the method's config and a prompt to what the teacher is asked, and what the student
             would learn if the teacher wrote the reference; for the dry run.
+        learns: What the student trains on, in a few words for the dry run.
         check: Refuses, with a `UserError`, what the recipe asks of this pair and cannot be; before any
             weights are loaded, in a dry run too.
     """
@@ -56,6 +57,7 @@ class Method:
     paper: str
     loss_memory: "LossMemory | None" = None
     example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
+    learns: str = "what the teacher writes; here the reference stands in for it"
     check: "Callable[[Arguments, Loaded], None]" = _any_pair
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny_setting
 import torch
 from conftest import make_model
-from tiny_setting import PROMPTS, logged, make_form, train, weights
+from tiny_setting import PROMPTS, check, logged, make_form, train, weights
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
@@ -157,6 +157,8 @@ def test_another_tokenizer_serves_scores_but_not_token_rewards(tmp_path):
     assert all(math.isfinite(value) for value in logged(trainer, "reward_mean"))
     assert logged(trainer, "kl_to_teacher_nats") == []
     with pytest.raises(UserError, match="their tokenizers differ"):
+        check(make_setting(tmp_path / "b", teacher_form=other))
+    with pytest.raises(UserError, match="their tokenizers differ"):
         trained(tmp_path / "b", teacher_form=other)
 
 
@@ -235,7 +237,7 @@ def test_keys_that_would_change_nothing_are_refused(tmp_path, wrong, message):
 )
 def test_what_does_not_fit_the_data_is_refused(tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
-        methods.load("on_policy").build(make_setting(tmp_path, **wrong))
+        check(make_setting(tmp_path, **wrong))
 
 
 # --- a planted task --------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ from trl import GRPOConfig
 from trl.trainer.base_config import _BaseConfig
 
 from medistill_trl.errors import UserError
+from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import policy_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
-from medistill_trl.rewards import TeacherReward
-from medistill_trl.setting import Setting
+from medistill_trl.rewards import TeacherReward, check_pair
+from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
+from medistill_trl.vocabulary import shared_vocabulary
 
 # Of the keys GRPOConfig adds, those that mean something here.
 USED = {
@@ -148,9 +150,7 @@ class OnPolicyConfig(GRPOConfig):
 def build(setting: Setting) -> OnPolicyTrainer:
     """The trainer. Completions of the teacher are not used, only its judgement."""
     args, teacher_args = setting.arguments.training, setting.arguments.teacher
-    if args.max_completion_length is None:
-        args.max_completion_length = teacher_args.teacher_max_new_tokens
-    _check(setting)
+    args.max_completion_length = _longest_completion(setting.arguments)
     reward = TeacherReward(
         setting.teacher,
         setting.heldout.shared,
@@ -178,20 +178,29 @@ def build(setting: Setting) -> OnPolicyTrainer:
     )
 
 
-def _check(setting: Setting) -> None:
-    """What only the loaded data and the other keys show."""
-    args = setting.arguments.training
-    longest = setting.arguments.data.max_prompt_tokens + args.max_completion_length
+def _longest_completion(arguments: Arguments) -> int:
+    asked = arguments.training.max_completion_length
+    return arguments.teacher.teacher_max_new_tokens if asked is None else asked
+
+
+def check(arguments: Arguments, loaded: Loaded) -> None:
+    """What only the other keys, the data and the tokenizers show."""
+    args = arguments.training
+    check_pair(
+        args.reward,
+        shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer),
+    )
+    longest = arguments.data.max_prompt_tokens + _longest_completion(arguments)
     if args.max_length is not None and longest > args.max_length:
         raise UserError(
             f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: "
             f"{args.max_length}"
         )
     needed = args.generation_batch_size // args.num_generations
-    if needed > len(setting.train_prompts):
+    if needed > len(loaded.train_prompts):
         raise UserError(
             f"recipe: an accumulation window takes {needed} prompts (generation_batch_size / "
-            f"num_generations), and there are {len(setting.train_prompts)}: lower "
+            f"num_generations), and there are {len(loaded.train_prompts)}: lower "
             "gradient_accumulation_steps or per_device_train_batch_size"
         )
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -206,4 +215,6 @@ METHOD = Method(
     build=build,
     paper="arXiv 2306.08543",
     loss_memory=policy_memory,
+    check=check,
+    learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )
