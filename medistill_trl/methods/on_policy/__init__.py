@@ -42,6 +42,7 @@ class OnPolicyConfig(GRPOConfig):
     """`trl.GRPOConfig` plus the reward and its credit. β is its `entropy_coef`, K its `num_generations`, ε
     its `epsilon`; keys of it that would change nothing here are refused."""
 
+    NAME = "on_policy"  # in messages
     LIMITS = {  # see schema.py
         "gamma": {"min": 0, "max": 1},
         "truncation_penalty": {"min": 0},
@@ -136,7 +137,7 @@ class OnPolicyConfig(GRPOConfig):
             default = item.default if item.default is not MISSING else item.default_factory()
             if item.name not in inherited and getattr(self, item.name) != default:
                 raise ValueError(
-                    f"{item.name} does nothing in on_policy and must be left out, got {getattr(self, item.name)!r}: "
+                    f"{item.name} does nothing in {self.NAME} and must be left out, got {getattr(self, item.name)!r}: "
                     "samples are plain draws from the student, one set for each accumulation window"
                 )
         if self.mask_truncated_completions and self.truncation_penalty:
@@ -149,6 +150,11 @@ class OnPolicyConfig(GRPOConfig):
 
 def build(setting: Setting) -> OnPolicyTrainer:
     """The trainer. Completions of the teacher are not used, only its judgement."""
+    return build_with(OnPolicyTrainer, setting)
+
+
+def build_with(trainer: type[OnPolicyTrainer], setting: Setting) -> OnPolicyTrainer:
+    """`build`, for a subclass."""
     args, teacher_args = setting.arguments.training, setting.arguments.teacher
     args.max_completion_length = _longest_completion(setting.arguments)
     reward = TeacherReward(
@@ -166,7 +172,7 @@ def build(setting: Setting) -> OnPolicyTrainer:
         Dataset.from_list([{"question": p.question, "answer": p.answer} for p in prompts])
         for prompts in (setting.train_prompts, setting.heldout.prompts)
     )
-    return OnPolicyTrainer(
+    return trainer(
         model=setting.student,
         args=args,
         train_dataset=prompts,
@@ -199,8 +205,8 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
     needed = args.generation_batch_size // args.num_generations
     if needed > len(loaded.train_prompts):
         raise UserError(
-            f"recipe: an accumulation window takes {needed} prompts (generation_batch_size / "
-            f"num_generations), and there are {len(loaded.train_prompts)}: lower "
+            f"recipe: an accumulation window of {args.generation_batch_size} samples takes {needed} prompts, "
+            f"{args.num_generations} samples each, and there are {len(loaded.train_prompts)}: lower "
             "gradient_accumulation_steps or per_device_train_batch_size"
         )
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps

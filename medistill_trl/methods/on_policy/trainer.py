@@ -4,7 +4,7 @@ Shapes: B completions of a process, T tokens of the longest, N completion tokens
 size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -122,24 +122,36 @@ class OnPolicyTrainer(GRPOTrainer):
         """Completions of all rows, scored and credited, in micro-batches."""
         start = monotonic()
         samples = self._write(rows, self._seed(self.state.global_step))
-        seconds = monotonic() - start
-        written = sum(len(sample.token_ids) for sample in samples)
-        self.totals.generated_student += written
-        examples, rewards = self._score(samples, "train")
-        speed = self.accelerator.gather(torch.tensor(written / seconds, device=self.args.device))
-        self._metrics["train"]["generated_tokens_per_second"].append(speed.sum().item())
+        self._count_written(samples, monotonic() - start)
+        examples, rewards, _ = self._score(samples, "train")
         credits_BT = self._advantages(rewards)
         masked = self.args.mask_truncated_completions
         learnt = [not (masked and sample.truncated) for sample in samples]
-        size = self.args.per_device_train_batch_size
+        return self._micro_batches(examples, credits_BT, learnt)
+
+    def _micro_batches(
+        self, examples: list, values: Sequence[torch.Tensor], learnt: list[bool]
+    ) -> list[dict[str, torch.Tensor]]:
+        """As many as the window has, see `training_batch`; blank ones where there is nothing left, since every
+        process takes the same number of them."""
+        size, pad_token_id = self.args.per_device_train_batch_size, self.form.tokenizer.pad_token_id
         window = []
-        for first in range(0, len(samples), size):
+        for first in range(0, size * self.args.gradient_accumulation_steps, size):
             part = slice(first, first + size)
             batch = training_batch(
-                examples[part], credits_BT[part], learnt[part], self.form.tokenizer.pad_token_id
+                examples[part] or [{"input_ids": [pad_token_id], "labels": [IGNORED]}],
+                values[part] if examples[part] else [torch.zeros(0)],
+                learnt[part] or [False],
+                pad_token_id,
             )
             window.append({name: tensor.to(self.args.device) for name, tensor in batch.items()})
         return window
+
+    def _count_written(self, samples: list[Sample], seconds: float) -> None:
+        written = sum(len(sample.token_ids) for sample in samples)
+        self.totals.generated_student += written
+        speed = self.accelerator.gather(torch.tensor(written / seconds, device=self.args.device))
+        self._metrics["train"]["generated_tokens_per_second"].append(speed.sum().item())
 
     def _write(self, rows: list[dict], seed: int) -> list[Sample]:
         sampling = Sampling(self.args.max_completion_length, temperature=1.0)
@@ -149,23 +161,29 @@ class OnPolicyTrainer(GRPOTrainer):
             )
         return [sample.readable(self.reward.shared) for sample in samples]
 
-    def _score(self, samples: list[Sample], mode: str) -> tuple[list, Rewards]:
-        """Tokens and rewards; puts what they are into the log."""
+    def _score(
+        self, samples: list[Sample], mode: str
+    ) -> tuple[list, Rewards, dict[str, list[torch.Tensor]]]:
+        """Tokens, rewards and log-ratios to other models by their names; puts what they are into the log."""
         examples = [encode_sample(self.form, sample) for sample in samples]
         own = self._log_probs(examples)
         with self.accelerator.autocast():
             rewards = self.reward(samples, own)
+        log_ratios = {
+            f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
+            for name, log_probs in self._others(examples, rewards).items()
+        }
+        for name, value in summary(samples, rewards.scores_B, rewards.parts, log_ratios).items():
+            self._metrics[mode][name].append(value)
+        return examples, rewards, log_ratios
+
+    def _others(self, examples: list, rewards: Rewards) -> dict[str, list[torch.Tensor]]:
+        """Log-probabilities of the samples' tokens under the models the student is compared with."""
         others = {} if rewards.teacher_log_probs is None else {"teacher": rewards.teacher_log_probs}
         if isinstance(self._student, PeftModel):
             with self._student.disable_adapter():
                 others["start"] = self._log_probs(examples)
-        log_ratios = {
-            f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
-            for name, log_probs in others.items()
-        }
-        for name, value in summary(samples, rewards.scores_B, rewards.parts, log_ratios).items():
-            self._metrics[mode][name].append(value)
-        return examples, rewards
+        return others
 
     def _log_probs(self, examples: list) -> list[torch.Tensor]:
         with self.accelerator.autocast():
