@@ -92,6 +92,8 @@ def load(arguments: list[str]) -> Recipe:
         (entry for layer in reversed(layers) for entry in layer if entry.key == "method"), None
     )
     schema, own_defaults, required = _schema_for(method, problems)
+    if method is not None:
+        layers = [_for_method(layer, method.value, problems) for layer in layers]
     layers = [[entry.fitted(schema) for entry in layer] for layer in layers]
     winners = {entry.key: entry for layer in layers for entry in layer}
     warnings: list[str] = []
@@ -116,6 +118,20 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Recipe files come first, flags after them."""
     first_flag = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
     return arguments[:first_flag], arguments[first_flag:]
+
+
+def _for_method(layer: list[Entry], method: str, problems: list[str]) -> list[Entry]:
+    """A file may give keys to one method alone, in a mapping under its name, as an overlay for all recipes must:
+    those of this method stand behind the file's other keys, so they win; those of others are left out."""
+    plain, own = [], []
+    for entry in layer:
+        if entry.key not in methods() or entry.text is not None:
+            plain.append(entry)
+        elif not isinstance(entry.value, dict):
+            problems.append(entry.say("must be a mapping of keys for this method alone"))
+        elif entry.key == method:
+            own += [Entry(str(key), value, entry.where) for key, value in entry.value.items()]
+    return plain + own
 
 
 def _schema_for(

@@ -42,6 +42,28 @@ def test_every_overlay_is_valid_on_every_recipe(path):
         assert recipe.load([str(base), str(path)]).values["method"] == base.stem
 
 
+def test_a_file_may_give_keys_to_one_method_alone(tmp_path):
+    overlay = tmp_path / "o.yaml"
+    overlay.write_text("sft:\n  seed: 7\nspin: {beta: 3.0, seed: 8}\nseed: 6\n")
+    own = recipe.load([SFT, str(overlay)]).values
+    assert own["seed"] == 7
+    assert "beta" not in own
+    assert not {"sft", "spin"} & set(own)
+    other = recipe.load([str(ROOT / "recipes/spin.yaml"), str(overlay)]).values
+    assert (other["seed"], other["beta"]) == (8, 3.0)
+    assert recipe.load([str(ROOT / "recipes/cot.yaml"), str(overlay)]).values["seed"] == 6
+    assert recipe.load([SFT, str(overlay), "--seed", "9"]).values["seed"] == 9
+
+
+def test_keys_for_one_method_are_checked_as_others_are(tmp_path):
+    found = problems(tmp_path, "sft:\n  seed: -1\n  learning_rte: 1\nspin: 3\n")
+    assert found == [
+        f"{tmp_path}/o.yaml:4: spin: must be a mapping of keys for this method alone",
+        f"{tmp_path}/o.yaml:1: seed: must be at least 0, got -1",
+        f"{tmp_path}/o.yaml:1: learning_rte: unknown key; did you mean learning_rate?",
+    ]
+
+
 def test_all_problems_at_once_with_file_and_line(tmp_path):
     found = problems(
         tmp_path,
