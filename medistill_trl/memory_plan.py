@@ -104,6 +104,17 @@ def policy_memory(
     ]
 
 
+def anchored_policy_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `policy_memory`, and BOND's anchor, a second adapter in float32."""
+    parts = policy_memory(arguments, student, teacher)
+    if arguments.student.use_lora and arguments.training.keeps_anchor:
+        size = 4 * _trained_parameters(_on_meta(student), arguments)
+        parts.append(Part("anchor adapter", size / GB, "always"))
+    return parts
+
+
 def plan(
     arguments: Arguments,
     student: ModelSource,

@@ -4,6 +4,7 @@ Shapes: B completions of a process, T tokens of the longest, N completion tokens
 size.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
@@ -134,9 +135,13 @@ class OnPolicyTrainer(GRPOTrainer):
     ) -> list[dict[str, torch.Tensor]]:
         """As many as the window has, see `training_batch`; blank ones where there is nothing left, since every
         process takes the same number of them."""
-        size, pad_token_id = self.args.per_device_train_batch_size, self.form.tokenizer.pad_token_id
+        steps, pad_token_id = (
+            self.args.gradient_accumulation_steps,
+            self.form.tokenizer.pad_token_id,
+        )
+        size = max(self.args.per_device_train_batch_size, math.ceil(len(examples) / steps))
         window = []
-        for first in range(0, size * self.args.gradient_accumulation_steps, size):
+        for first in range(0, size * steps, size):
             part = slice(first, first + size)
             batch = training_batch(
                 examples[part] or [{"input_ids": [pad_token_id], "labels": [IGNORED]}],

@@ -1,0 +1,167 @@
+"""BOND: of N samples of the student the teacher's pick is what it learns from.
+
+    L = − Σ_k w_k Σ_t log π(a_kt)   over samples k of weight w_k ≠ 0, divided by their tokens
+
+    best_of_n_sft         w = 1 on the sample that the teacher rewards most of a prompt's N: cross-entropy on it
+    rank_policy_gradient  w = the place of each sample among the N, minus the mean of all places
+    jeffreys              J-BOND (Sessa et al. 2024, arXiv 2407.14622): N samples of an anchor, a moving average of
+                          the student. w = 1 − β on the best of them, which is the forward KL to best-of-N of
+                          the anchor; and on a fresh sample of the student β times its log-quantile among
+                          them, the backward KL
+
+The first two compare the student with itself and so have the reward's maximum as their only rest; the third aims
+at a distribution, best-of-N of the anchor (`losses.best_of_n`).
+
+The trainer is that of on-policy distillation with other weights: sampling, scoring, the loss without whole
+logits, resuming and the log are its. Its credit (gamma, baseline) and its reuse of samples are not used.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+
+from medistill_trl.errors import UserError
+from medistill_trl.memory_plan import anchored_policy_memory
+from medistill_trl.methods import Method
+from medistill_trl.methods.bond.trainer import BondTrainer
+from medistill_trl.methods.on_policy import OnPolicyConfig, build_with
+from medistill_trl.setting import Setting
+from medistill_trl.teacher import DRAWS_PER_STEP
+
+# Keys of on_policy that mean nothing here, and what does.
+UNUSED = {
+    "gamma": "a sample has one weight, for all its tokens",
+    "baseline": "weights are centred already",
+    "num_generations": "num_samples is the number of samples of each prompt",
+    "num_iterations": "every window of samples is trained on once",
+    "epsilon": "every window of samples is trained on once",
+    "epsilon_high": "every window of samples is trained on once",
+}
+# Keys of some objectives only.
+OF_OBJECTIVE = {
+    "rank_reward": ("rank_policy_gradient",),
+    "jeffreys_beta": ("jeffreys",),
+    "anchor_kl_coef": ("rank_policy_gradient", "jeffreys"),
+}
+
+
+@dataclass
+class BondConfig(OnPolicyConfig):
+    """`OnPolicyConfig` plus the comparison of a prompt's samples. The rewards that compare token by token are not
+    there: best-of-N ranks whole completions by a reward that does not change with the student."""
+
+    NAME = "bond"
+    LIMITS = {  # see schema.py
+        "num_samples": {"min": 2},
+        "jeffreys_beta": {"min": 0, "max": 1},
+        "anchor_ema": {"min": 0, "max": 1},
+        "anchor_kl_coef": {"min": 0},
+    }
+
+    objective: str = field(
+        default="best_of_n_sft",
+        metadata={
+            "help": "best_of_n_sft (cross-entropy on the teacher's pick), rank_policy_gradient (rewards by "
+            "place among the samples) or jeffreys (both KL to best-of-N of an anchor; needs LoRA).",
+            "choices": ["best_of_n_sft", "rank_policy_gradient", "jeffreys"],
+        },
+    )
+    reward: str = field(
+        default="teacher_logprob",
+        metadata={
+            "help": "teacher_logprob (the teacher's log-probability of the completion) or sequence (likelihood "
+            "and right answers).",
+            "choices": ["teacher_logprob", "sequence"],
+        },
+    )
+    num_samples: int = field(
+        default=16, metadata={"help": "N, samples of each prompt that are compared."}
+    )
+    rank_reward: str = field(
+        default="winner",
+        metadata={
+            "help": "Of rank_policy_gradient: winner (1 for the best) or rank (equal steps from worst to best); "
+            "both minus their mean.",
+            "choices": ["winner", "rank"],
+        },
+    )
+    jeffreys_beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "β of jeffreys: weight of the backward KL; that of the forward is 1 − β."
+        },
+    )
+    anchor_ema: float = field(
+        default=0.02,
+        metadata={
+            "help": "η: how far the anchor moves to the student after each optimizer step; 0 fixes it."
+        },
+    )
+    anchor_kl_coef: float = field(
+        default=0.0,
+        metadata={"help": "γ: weight of KL(student ‖ anchor); not with best_of_n_sft. Needs LoRA."},
+    )
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Not used: num_samples says how many."}
+    )
+
+    def __post_init__(self):
+        for name, reason in UNUSED.items():
+            self._refuse_unless_default(
+                name, f"does nothing in bond and must be left out: {reason}"
+            )
+        for name, objectives in OF_OBJECTIVE.items():
+            if self.objective not in objectives:
+                self._refuse_unless_default(
+                    name,
+                    f"does nothing with objective {self.objective}; it is of {' and '.join(objectives)}",
+                )
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        if rows % self.num_samples:
+            raise ValueError(
+                f"num_samples must divide the samples of an accumulation window, per_device_train_batch_size × "
+                f"gradient_accumulation_steps × processes = {rows}, got {self.num_samples}: change "
+                "gradient_accumulation_steps or num_samples"
+            )
+        self.num_generations = self.num_samples
+        super().__post_init__()
+
+    def _refuse_unless_default(self, name: str, why: str) -> None:
+        value = getattr(self, name)
+        if value != self.__dataclass_fields__[name].default:
+            raise ValueError(f"{name} {why}; got {value!r}")
+
+    @property
+    def keeps_anchor(self) -> bool:
+        return self.objective == "jeffreys" or self.anchor_kl_coef > 0
+
+
+def build(setting: Setting) -> BondTrainer:
+    """The trainer. Completions of the teacher are not used, only its judgement."""
+    args = setting.arguments.training
+    if args.keeps_anchor and not isinstance(setting.student, PeftModel):
+        raise UserError(
+            f"recipe: objective {args.objective} with anchor_kl_coef {args.anchor_kl_coef} keeps its anchor as a "
+            "second adapter, and use_lora is false: set use_lora: true, or take objective: best_of_n_sft"
+        )
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if (
+        args.objective == "jeffreys" and 2 * rows > DRAWS_PER_STEP
+    ):  # fresh samples are drawn as well
+        raise UserError(
+            f"recipe: a window may have {DRAWS_PER_STEP // 2} samples of the anchor a process, got {rows}: lower "
+            "gradient_accumulation_steps"
+        )
+    return build_with(BondTrainer, setting)
+
+
+METHOD = Method(
+    name="bond",
+    config=BondConfig,
+    teacher_access="black_box",
+    build=build,
+    paper="arXiv 2407.14622",
+    loss_memory=anchored_policy_memory,
+)
