@@ -149,6 +149,7 @@ def write_tiny_overlay(folder: Path, teacher_folder: Path) -> Path:
         "bf16": False,
         "gradient_checkpointing": False,
         "output_dir": str(folder / "run"),
+        "bond": {"num_samples": 4},
     }
     overlay.write_text(yaml.safe_dump(content))
     return overlay
