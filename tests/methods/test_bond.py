@@ -324,7 +324,7 @@ def assert_reward_rises(folder, teacher, seed, steps, **options):
     setting = make_setting(
         folder, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps, num_samples=8,
         gradient_accumulation_steps=1, max_completion_length=len(PATTERN), optim="adamw_torch",
-        learning_rate=1e-2, lora=True, **{"per_device_train_batch_size": 32, **options},
+        lora=True, **{"per_device_train_batch_size": 32, "learning_rate": 1e-2, **options},
     )  # fmt: skip
     trainer = methods.load("bond").build(setting)
     before, error_before = expected_reward(trainer)
@@ -340,7 +340,7 @@ OBJECTIVES = {
     "winner": RANK,
     "rank": RANK | {"rank_reward": "rank"},
     "jeffreys": {
-        "objective": "jeffreys", "anchor_ema": 0.1, "per_device_train_batch_size": 64,
+        "objective": "jeffreys", "anchor_ema": 0.1, "per_device_train_batch_size": 64, "learning_rate": 3e-2,
     },
 }  # fmt: skip
 
