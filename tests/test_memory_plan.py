@@ -117,3 +117,18 @@ def test_a_student_that_writes_needs_a_cache_for_its_window(teacher_folder, tmp_
     size = 2 * config.num_hidden_layers * 8 * length * config.num_key_value_heads * head_dim * 4
     assert gb(parts, "student KV cache, 8 ×") == pytest.approx(size / 1e9)
     assert gb(parts, "teacher forward") > 0
+
+
+def test_an_anchor_is_a_second_adapter_in_float32(teacher_folder, tmp_path):
+    from medistill_trl.methods.bond import METHOD
+
+    def parts_with(**training):
+        plain, arguments, source = parts_of(
+            teacher_folder, tmp_path, config_class=METHOD.config, num_samples=2, **training
+        )
+        return plain, METHOD.loss_memory(arguments, source.config, source.config)
+
+    plain, anchored = parts_with(objective="jeffreys")
+    assert gb(anchored, "anchor adapter") == pytest.approx(gb(plain, "LoRA adapter"))
+    _, without = parts_with(objective="best_of_n_sft")
+    assert len(without) == len(anchored) - 1
