@@ -7,7 +7,7 @@ import pytest
 import tiny_setting
 import torch
 from test_on_policy import PATTERN, planted_teacher  # noqa: F401 (a fixture)
-from tiny_setting import PROMPTS, logged, make_form, train, weights
+from tiny_setting import PROMPTS, check, logged, make_form, train, weights
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
@@ -303,10 +303,15 @@ def test_keys_that_would_change_nothing_are_refused(tmp_path, wrong, message):
         make_setting(tmp_path, **wrong)
 
 
-def test_an_anchor_needs_an_adapter(tmp_path):
+def test_what_cannot_be_is_refused_before_weights_are_loaded(tmp_path):
     for wrong in ({"objective": "jeffreys"}, {"anchor_kl_coef": 0.1, **RANK}):
         with pytest.raises(UserError, match="second adapter, and use_lora is false"):
-            methods.load("bond").build(make_setting(tmp_path, **wrong))
+            check(make_setting(tmp_path, **wrong))
+    check(make_setting(tmp_path, lora=True, **wrong))
+    with pytest.raises(UserError, match="may have 2048 samples of the anchor"):
+        check(make_setting(tmp_path, gradient_accumulation_steps=2000, **JEFFREYS))
+    with pytest.raises(UserError, match="48 samples takes 12 prompts, 4 samples each"):
+        check(make_setting(tmp_path, gradient_accumulation_steps=24))
 
 
 # --- a planted task --------------------------------------------------------------------------------

@@ -19,14 +19,13 @@ logits, resuming and the log are its. Its credit (gamma, baseline) and its reuse
 import os
 from dataclasses import dataclass, field
 
-from peft import PeftModel
-
 from medistill_trl.errors import UserError
+from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import anchored_policy_memory
-from medistill_trl.methods import Method
+from medistill_trl.methods import Method, on_policy
 from medistill_trl.methods.bond.trainer import BondTrainer
 from medistill_trl.methods.on_policy import OnPolicyConfig, build_with
-from medistill_trl.setting import Setting
+from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
 
 # Keys of on_policy that mean nothing here, and what does.
@@ -140,8 +139,13 @@ class BondConfig(OnPolicyConfig):
 
 def build(setting: Setting) -> BondTrainer:
     """The trainer. Completions of the teacher are not used, only its judgement."""
-    args = setting.arguments.training
-    if args.keeps_anchor and not isinstance(setting.student, PeftModel):
+    return build_with(BondTrainer, setting)
+
+
+def check(arguments: Arguments, loaded: Loaded) -> None:
+    """What on-policy distillation refuses, an anchor without an adapter to be it, and too many samples."""
+    args = arguments.training
+    if args.keeps_anchor and not arguments.student.use_lora:
         raise UserError(
             f"recipe: objective {args.objective} with anchor_kl_coef {args.anchor_kl_coef} keeps its anchor as a "
             "second adapter, and use_lora is false: set use_lora: true, or take objective: best_of_n_sft"
@@ -154,7 +158,7 @@ def build(setting: Setting) -> BondTrainer:
             f"recipe: a window may have {DRAWS_PER_STEP // 2} samples of the anchor a process, got {rows}: lower "
             "gradient_accumulation_steps"
         )
-    return build_with(BondTrainer, setting)
+    on_policy.check(arguments, loaded)
 
 
 METHOD = Method(
@@ -164,4 +168,6 @@ METHOD = Method(
     build=build,
     paper="arXiv 2407.14622",
     loss_memory=anchored_policy_memory,
+    check=check,
+    learns="its own samples, by how the teacher ranks them; here the reference stands in for one",
 )
