@@ -185,6 +185,24 @@ def test_a_log_ratio_to_the_anchor_is_charged(tmp_path):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+def test_the_anchor_writes_what_the_winner_is_taken_of(tmp_path):
+    """Moved away by hand and fixed, it writes the same again; the student would not have."""
+    setting = make_setting(tmp_path, max_steps=1, anchor_ema=0.0, learning_rate=1e-12, **JEFFREYS)
+    trainer = methods.load("bond").build(setting)
+    generator = torch.Generator().manual_seed(0)
+    for _, anchor in trainer.anchor._pairs:
+        anchor.data += 0.3 * torch.randn(anchor.shape, generator=generator)
+    written, write = [], trainer._write
+    trainer._write = lambda *given: written.append((given, write(*given))) or written[-1][1]
+    trainer.train()
+    (given, drawn), (fresh_given, fresh) = written
+    with trainer.anchor.in_place():
+        assert write(*given) == drawn
+        assert write(*fresh_given) != fresh
+    assert write(*given) != drawn
+    assert write(*fresh_given) == fresh
+
+
 def test_at_beta_0_the_fresh_samples_are_only_looked_at(tmp_path):
     _, trainer, _, [drawn, _] = recorded(tmp_path, jeffreys_beta=0.0, **JEFFREYS)
     found = list(rows_of(trainer._window))
