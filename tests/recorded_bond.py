@@ -9,7 +9,6 @@ trained completions with their weights; and the anchor's sum after each step.
 import json
 import os
 import runpy
-import sys
 from pathlib import Path
 
 from medistill_trl.methods.bond.anchor import Anchor
@@ -63,4 +62,3 @@ try:
 finally:
     path = Path(os.environ["RECORD"]) / f"{os.environ.get('RANK', '0')}.json"
     path.write_text(json.dumps(RECORD))
-    sys.stdout.flush()
