@@ -328,7 +328,7 @@ def test_what_cannot_be_is_refused_before_weights_are_loaded(tmp_path):
     check(make_setting(tmp_path, lora=True, **wrong))
     with pytest.raises(UserError, match="may have 2048 samples of the anchor"):
         check(make_setting(tmp_path, gradient_accumulation_steps=2000, **JEFFREYS))
-    with pytest.raises(UserError, match="48 samples takes 12 prompts, 4 samples each"):
+    with pytest.raises(UserError, match="48 samples takes 12 prompts at 4 samples each"):
         check(make_setting(tmp_path, gradient_accumulation_steps=24))
 
 

@@ -205,7 +205,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
     needed = args.generation_batch_size // args.num_generations
     if needed > len(loaded.train_prompts):
         raise UserError(
-            f"recipe: an accumulation window of {args.generation_batch_size} samples takes {needed} prompts, "
+            f"recipe: an accumulation window of {args.generation_batch_size} samples takes {needed} prompts at "
             f"{args.num_generations} samples each, and there are {len(loaded.train_prompts)}: lower "
             "gradient_accumulation_steps or per_device_train_batch_size"
         )
