@@ -1,9 +1,10 @@
-"""Completions a student writes to learn from: drawn, padded for training, and summed up for the log.
+"""Completions a student writes to learn from: whose prompts come when, how they are drawn, padded for
+training, and summed up for the log.
 
 Shapes: B completions, L tokens of the longest with its prompt, C tokens of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -11,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from trl.trainer.utils import RepeatSampler
 
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts
@@ -52,6 +54,24 @@ class Sample:
         if len(known) == len(ids):
             return self
         return replace(self, completion=Completion(self.completion.text, known, finished=False))
+
+
+class PromptSampler(RepeatSampler):
+    """`RepeatSampler` whose order depends on seed and epoch alone; the parent's is drawn from a generator
+    that a resumed run would begin anew.
+
+    Args:
+        epoch: Tells the current epoch.
+    """
+
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 def write_samples(

@@ -5,14 +5,13 @@ size.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 
 import torch
 from peft import PeftModel
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses.heads import OutputHead, last_hidden_states
@@ -22,6 +21,7 @@ from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import Rewards, TeacherReward
 from medistill_trl.rollouts import (
+    PromptSampler,
     Sample,
     encode_sample,
     summary,
@@ -29,24 +29,6 @@ from medistill_trl.rollouts import (
     write_samples,
 )
 from medistill_trl.teacher import Sampling, completion_log_probs, draw_seed
-
-
-class PromptSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch alone; the parent's is drawn from a generator
-    that a resumed run would begin anew.
-
-    Args:
-        epoch: Tells the current epoch.
-    """
-
-    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
 
 
 class OnPolicyTrainer(GRPOTrainer):
