@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-# Sums over tokens, of `distillation_loss` and of `policy_loss` → names in the log.
+# Sums over tokens, of `distillation_loss`, `policy_loss` and `value_loss` → names in the log.
 NAMES = {
     "agreed": "top1",
     "ce": "ce_nats",
@@ -16,6 +16,9 @@ NAMES = {
     "clipped_high": "clipped_high_share",
     "entropy": "entropy_nats",
     "clipped": "clip_fraction",
+    "approx_kl": "approx_kl_nats",
+    "value_error": "value_loss",
+    "value_clipped": "value_clip_fraction",
 }
 
 
