@@ -90,12 +90,19 @@ def preference_memory(
 
 
 def policy_memory(
-    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+    arguments: Arguments,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    written: int | None = None,
 ) -> list[Part]:
     """Of `losses.policy` and of `rewards`: the teacher reads what the student has written, which takes a KV
-    cache of its own."""
+    cache of its own.
+
+    Args:
+        written: Completions drawn together on each process; None: those of an accumulation window.
+    """
     args, length = arguments.training, longest(arguments)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = written or args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = arguments.teacher.teacher_batch_size or rows
     cache = _kv_cache(student, rows, length, arguments.student.student_dtype)
     return [

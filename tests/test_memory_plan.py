@@ -132,3 +132,17 @@ def test_an_anchor_is_a_second_adapter_in_float32(teacher_folder, tmp_path):
     assert gb(anchored, "anchor adapter") == pytest.approx(gb(plain, "LoRA adapter"))
     _, without = parts_with(objective="best_of_n_sft")
     assert len(without) == len(anchored) - 1
+
+
+def test_a_rollout_is_drawn_at_once(teacher_folder, tmp_path):
+    from medistill_trl.methods.ppo import METHOD
+
+    _, arguments, source = parts_of(
+        teacher_folder, tmp_path, config_class=METHOD.config, num_mini_batches=3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    parts = METHOD.loss_memory(arguments, source.config, source.config)
+    window = memory_plan.policy_memory(arguments, source.config, source.config)
+    rollout = gb(parts, "student KV cache, 24 ×")
+    assert rollout == pytest.approx(3 * gb(window, "student KV cache, 8 ×"))
+    assert gb(parts, "value head") == pytest.approx(16 * (source.config.hidden_size + 1) / 1e9)
