@@ -75,7 +75,7 @@ def order(num_samples: int, epoch: int, seed: int) -> list[int]:
     """The samples' order in one of PPO's epochs over a rollout.
 
     The first is as they were drawn: the micro-batches are then those their old log-probabilities were taken in, and
-    the ratio is exactly 1 before the first step. Padding and neighbours change the rounding.
+    the ratio is exactly 1 before the first step. Padding and neighbours may change the rounding.
 
     Args:
         seed: Of the rollout on this process.

@@ -24,7 +24,7 @@ from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.ppo import value_head
 from medistill_trl.methods.ppo.rollout import Sampled, Scored, micro_batch, order, sampled
-from medistill_trl.prompts import PromptFormat
+from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward
 from medistill_trl.rollouts import PromptSampler, Sample, encode_sample, summary, write_samples
 from medistill_trl.teacher import Sampling, draw_seed
@@ -213,11 +213,9 @@ class PPODistillTrainer(PPOTrainer):
             part = [sampled(example) for example in examples[first : first + size]]
             with self.accelerator.autocast():
                 states_NH, tokens_N = self._states(student, self._micro_batch(part))
-            found_N = self._policy_loss(states_NH, tokens_N, torch.zeros(len(tokens_N)))[1][
-                "log_prob"
-            ]
-            lengths = [int((sample["labels"] >= 0).sum()) for sample in part]
-            log_probs += found_N.split(lengths)
+            _, terms = self._policy_loss(states_NH, tokens_N, torch.zeros(len(tokens_N)))
+            lengths = [int((sample["labels"] != IGNORED).sum()) for sample in part]
+            log_probs += terms["log_prob"].split(lengths)
             values += self.value_head(states_NH).split(lengths)
         student.train(was_training)
         return log_probs, values
@@ -329,7 +327,8 @@ class PPODistillTrainer(PPOTrainer):
         collected.clear()
         if training:
             means |= self._means.take(self.accelerator)
-        super().log({**logs, **means}, start_time)
+        logs |= means  # in place: an evaluation returns them
+        super().log(logs, start_time)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
