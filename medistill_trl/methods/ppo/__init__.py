@@ -20,12 +20,14 @@ from trl.experimental.ppo import PPOConfig
 from trl.trainer.base_config import _BaseConfig
 
 from medistill_trl.errors import UserError
+from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import GB, Part, policy_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.ppo.trainer import PPODistillTrainer
-from medistill_trl.rewards import TeacherReward
+from medistill_trl.rewards import TeacherReward, check_pair
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
+from medistill_trl.vocabulary import shared_vocabulary
 
 # Of the keys PPOConfig adds, those that mean something here, and for some of the others what does.
 USED = {"gamma", "lam", "kl_coef", "num_ppo_epochs", "num_mini_batches"}
@@ -183,9 +185,7 @@ def build(setting: Setting) -> PPODistillTrainer:
     """The trainer. Completions of the teacher are not used, only its judgement."""
     args, teacher_args = setting.arguments.training, setting.arguments.teacher
     student_args = setting.arguments.student
-    if args.max_completion_length is None:
-        args.max_completion_length = teacher_args.teacher_max_new_tokens
-    _check(setting)
+    args.max_completion_length = _longest_completion(setting.arguments)
     if student_args.student_load_in_4bit or student_args.student_load_in_8bit:
         # As TRL's stable trainers do (QLoRA, arXiv 2305.14314, section 3), so that methods compare.
         for parameter in setting.student.parameters():
@@ -218,26 +218,35 @@ def build(setting: Setting) -> PPODistillTrainer:
     )
 
 
-def _check(setting: Setting) -> None:
-    """What only the loaded data and the other keys show."""
-    args = setting.arguments.training
-    if args.kl_coef and not setting.arguments.student.use_lora:
+def _longest_completion(arguments: Arguments) -> int:
+    asked = arguments.training.max_completion_length
+    return arguments.teacher.teacher_max_new_tokens if asked is None else asked
+
+
+def check(arguments: Arguments, loaded: Loaded) -> None:
+    """What only the other keys, the data and the tokenizers show."""
+    args = arguments.training
+    check_pair(
+        args.reward,
+        shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer),
+    )
+    if args.kl_coef and not arguments.student.use_lora:
         raise UserError(
             f"recipe: kl_coef must be 0 with use_lora: false, got {args.kl_coef}: the start policy is the student "
             "without its adapter"
         )
-    longest = setting.arguments.data.max_prompt_tokens + args.max_completion_length
+    longest = arguments.data.max_prompt_tokens + _longest_completion(arguments)
     if args.max_length is not None and longest > args.max_length:
         raise UserError(
             f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: "
             f"{args.max_length}"
         )
     needed = args.rollout_size * args.world_size
-    if needed > len(setting.train_prompts):
+    if needed > len(loaded.train_prompts):
         raise UserError(
             f"recipe: a rollout takes {needed} prompts (per_device_train_batch_size × "
-            f"gradient_accumulation_steps × num_mini_batches × processes), and there are "
-            f"{len(setting.train_prompts)}: lower one of them"
+            "gradient_accumulation_steps × num_mini_batches × processes), and there are "
+            f"{len(loaded.train_prompts)}: lower one of them"
         )
     if args.rollout_size > DRAWS_PER_STEP:
         raise UserError(
@@ -264,4 +273,6 @@ METHOD = Method(
     build=build,
     paper="arXiv 1707.06347",
     loss_memory=rollout_memory,
+    check=check,
+    learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

@@ -83,5 +83,4 @@ def save(head: ValueHead, folder: Path) -> None:
 
 def load(head: ValueHead, folder: Path) -> None:
     """Raises FileNotFoundError if the checkpoint is of another method."""
-    state = torch.load(folder / FILE, map_location=head.scale.device, weights_only=True)
-    head.load_state_dict(state)
+    head.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
