@@ -1,43 +1,18 @@
-"""PPO: the first loss against the formula, ratios, minibatches, the critic, resuming, refusals, a planted task."""
+"""PPO: the first loss against the formula, ratios, minibatches, rewards, resuming, refusals."""
 
-import copy
 import math
 
 import pytest
-import tiny_setting
 import torch
 from conftest import make_model
-from tiny_setting import PROMPTS, check, logged, make_form, train, weights
+from ppo_runs import build, make_setting, plain_log_probs, trained
+from tiny_setting import check, logged, make_form, weights
 from transformers import AutoModelForCausalLM
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
-from medistill_trl.losses.advantages import Moments
 from medistill_trl.methods.ppo import value_head
 from medistill_trl.methods.ppo.rollout import order
-from medistill_trl.prompts import IGNORED
-from medistill_trl.rollouts import encode_sample, write_samples
-from medistill_trl.teacher import Sampling, completion_log_probs
-
-TINY = {
-    "data": {"max_prompt_tokens": 100},
-    "max_completion_length": 6,
-    "num_ppo_epochs": 2,
-    "num_mini_batches": 2,
-}
-
-
-def make_setting(folder, lora=False, **changes):
-    kl_coef = {"kl_coef": 0.05 if lora else 0.0}
-    return tiny_setting.make_setting(folder, "ppo", lora=lora, **TINY | kl_coef | changes)
-
-
-def trained(folder, resume=None, **changes):
-    return train(make_setting(folder, **changes), resume)
-
-
-def build(folder, **changes):
-    return methods.load("ppo").build(make_setting(folder, **changes))
 
 
 def watch(trainer):
@@ -52,14 +27,6 @@ def watch(trainer):
 
     trainer._policy_loss = policy_loss
     return seen
-
-
-def plain_log_probs(model, sample):
-    """log π of the whole vocabulary at each completion token, and of the tokens."""
-    labels = sample["labels"]
-    first = int((labels != IGNORED).nonzero()[0])
-    log_p = model(sample["input_ids"][None]).logits[0, first - 1 : -1].log_softmax(-1)
-    return log_p, log_p[range(len(labels) - first), labels[first:]]
 
 
 # --- the loss --------------------------------------------------------------------------------------
@@ -225,72 +192,7 @@ def test_epochs_after_the_first_are_shuffled_and_only_by_their_seed():
     assert order(16, 1, 5) == orders[0]
 
 
-# --- the critic ------------------------------------------------------------------------------------
-
-
-def test_the_value_head_learns_a_constant_reward(tmp_path):
-    """Every completion is cut and charged 3 nats: V goes from 0 to −3 at each token, while the student stays where
-    it is."""
-    setting = make_setting(
-        tmp_path, reward="sequence", likelihood_weight=0.0, truncation_penalty=3.0, max_steps=48,
-        max_completion_length=2, learning_rate=1e-12, value_learning_rate=0.5, value_clip=None,
-        value_coef=1.0, gradient_accumulation_steps=1, max_grad_norm=0.0, lam=1.0,
-    )  # fmt: skip
-    trainer = methods.load("ppo").build(setting)
-    before = copy.deepcopy(setting.student.state_dict())
-    trainer.value_head.scale.fill_(3.0)  # else the first returns would tell it
-    trainer.train()
-    assert logged(trainer, "reward_mean") == [-3.0] * 12
-    assert logged(trainer, "truncation_rate") == [1.0] * 12
-    values = torch.cat([sample["values"] for sample in trainer._rollout])
-    values = trainer.value_head.in_nats(values)
-    assert values.tolist() == pytest.approx([-3.0] * len(values), abs=0.3)
-    losses = logged(trainer, "value_loss")
-    assert losses[0] == pytest.approx(0.5)  # ½ (−3 / 3)²
-    assert losses[-1] < 0.005
-    for name, value in setting.student.state_dict().items():
-        if "value_head" not in name:
-            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
-
-
-def test_units_are_set_once_and_never_vanish():
-    head = value_head.ValueHead(4)
-    head.set_units(Moments.of(torch.tensor([-8.0, -12.0])))
-    assert (head.mean, head.scale) == (-10, 2)
-    head.set_units(Moments.of(torch.ones(2)))
-    assert (head.mean, head.scale) == (-10, 2)
-    assert head(torch.randn(3, 4)).tolist() == [0.0] * 3
-    assert head.in_nats(torch.ones(1)) == -8
-    assert head.in_units(torch.tensor(-8.0)) == 1
-    alike, nothing = value_head.ValueHead(4), value_head.ValueHead(4)
-    alike.set_units(Moments.of(torch.full((3,), -5.0)))
-    nothing.set_units(Moments.of(torch.zeros(3)))
-    assert (alike.scale, nothing.scale) == (0.5, 1)
-
-
-@pytest.mark.parametrize("to_trunk", [False, True])
-def test_the_value_loss_reaches_the_trunk_only_if_asked_to(tmp_path, to_trunk):
-    trainer = build(tmp_path, value_gradient_to_trunk=to_trunk)
-    trainer._rollout = trainer._roll_out(
-        [{"question": p.question, "answer": None} for p in PROMPTS]
-    )
-    torch.nn.init.ones_(trainer.value_head.linear.weight)
-    batch = trainer._micro_batch(trainer._rollout[:2])
-    batch["advantages"] = torch.zeros_like(batch["advantages"])
-    trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1)).backward()
-    assert trainer.value_head.linear.weight.grad.norm() > 0
-    trunk = sum(p.grad.norm() for p in trainer.model.model.parameters() if p.grad is not None)
-    assert (trunk > 0) == to_trunk
-
-
-def test_the_value_head_has_its_own_learning_rate(tmp_path):
-    _, trainer, _ = trained(tmp_path, value_learning_rate=0.5, max_steps=1)
-    groups = trainer.optimizer.param_groups
-    assert [group["lr"] for group in groups] == [0.01, 0.01, 0.5]
-    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in trainer.value_head.parameters()}
-    everything = [p for group in groups for p in group["params"]]
-    assert len({id(p) for p in everything}) == len(everything)
-    assert len(everything) == len(list(trainer.model.parameters()))
+# --- rewards and evaluation ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reward", ["teacher_logprob", "sequence", "token_kl"])
@@ -392,65 +294,3 @@ def test_keys_that_would_change_nothing_are_refused(tmp_path, wrong, message):
 def test_what_does_not_fit_the_rest_is_refused(tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
         check(make_setting(tmp_path, **wrong))
-
-
-# --- a planted task --------------------------------------------------------------------------------
-
-PATTERN = [20, 30, 40, 50]
-
-
-@pytest.fixture(scope="module")
-def planted_teacher():
-    """A teacher whose likelihood prefers one pattern of tokens after every prompt."""
-    form = make_form()
-    teacher = make_model(len(form.tokenizer), seed=1)
-    prompts = [form.encode(form.render(prompt.question)) for prompt in PROMPTS]
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
-    for _ in range(25):
-        for ids in prompts[::2]:
-            row = torch.tensor([ids + PATTERN])
-            log_p = teacher(row).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            optimizer.zero_grad()
-            (-log_p[range(4), PATTERN].mean()).backward()
-            optimizer.step()
-    return teacher
-
-
-def expected_reward(trainer, samples=32):
-    """The mean reward of fresh samples of every prompt, and its standard error."""
-    student, form = trainer.model, trainer.form
-    rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
-    written = write_samples(student, form, rows, Sampling(4, 1.0), 12345)
-    own = completion_log_probs(student, [encode_sample(form, one) for one in written])
-    scores = trainer.reward(written, own).scores_B
-    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
-
-
-def assert_reward_rises(folder, teacher, seed, steps, **options):
-    trainer = build(
-        folder, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps, num_mini_batches=1,
-        per_device_train_batch_size=32, gradient_accumulation_steps=1, max_completion_length=4,
-        prompts=[prompt for prompt in PROMPTS for _ in range(4)], optim="adamw_torch",
-        learning_rate=1e-3, value_learning_rate=3e-2, **options,
-    )  # fmt: skip
-    before, error_before = expected_reward(trainer)
-    trainer.train()
-    after, error_after = expected_reward(trainer)
-    rise, error = after - before, math.hypot(error_before, error_after)
-    explained = logged(trainer, "explained_variance")
-    print(
-        f"planted: seed {seed} {options}: {before:.3f} → {after:.3f}, standard error {error:.3f}, "
-        f"explained variance {explained[0]:.2f} → {explained[-1]:.2f}"
-    )
-    assert rise > 5 * error
-
-
-def test_the_planted_reward_rises(tmp_path, planted_teacher):
-    assert_reward_rises(tmp_path, planted_teacher, 2, 50, reward="teacher_logprob")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3, 4])
-@pytest.mark.parametrize("reward", ["token_kl", "teacher_logprob"])
-def test_the_planted_reward_rises_for_every_seed(tmp_path, planted_teacher, seed, reward):
-    assert_reward_rises(tmp_path, planted_teacher, seed, 100, reward=reward)
