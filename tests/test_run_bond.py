@@ -137,13 +137,18 @@ def test_4bit_teacher_and_student_with_gradients_after_an_evaluation(tiny_overla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["best_of_n_sft", "rank_policy_gradient"])
-def test_two_steps_of_the_recipe(tiny_overlay, tmp_path, objective):
-    result = launch(RECIPE, tiny_overlay, "--max_steps", 2, "--objective", objective)
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_ddp.yaml"])
+def test_two_steps_of_the_recipe(tiny_overlay, tmp_path, objective, config):
+    """On two processes eight samples of one prompt: one of them has no winner, and trains on nothing."""
+    words = ["--max_steps", 2, "--objective", objective]
+    words += ["--num_samples", 8] if config == "cpu_ddp.yaml" else []
+    result = launch(RECIPE, tiny_overlay, *words, config=config)
     assert result.returncode == 0, result.stderr[-4000:]
     out = tmp_path / "run"
     assert (out / "COMPLETE").is_file()
     for name in LOGGED:
         assert len(logged(out, name)) == 2, name
+    assert all(norm > 0 for norm in logged(out, "grad_norm"))
     tokens = record(out)["tokens"]
     assert (tokens["generated_student"] > tokens["trained"]) == (objective == "best_of_n_sft")
 
