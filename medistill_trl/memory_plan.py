@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
+from medistill_trl.layers import layer_pairs
 from medistill_trl.losses.chunked import block_elements
 from medistill_trl.model_source import ModelSource
 from medistill_trl.setting import Arguments
@@ -63,6 +64,41 @@ def distillation_memory(
         Part(f"teacher forward, {tokens} tokens", forward / GB, "train"),
         Part(logits, 4 * (2 * chunk + BLOCK_BUFFERS * block) / GB, "train"),
     ]
+    if not arguments.student.use_lora:  # summed in float32 over the chunks
+        size = 4 * student.vocab_size * student.hidden_size
+        parts.append(Part("gradient of the output head", size / GB, "train"))
+    return parts
+
+
+def feature_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `losses.features`: the teacher's forward pass, the mapped layers' states of every token, the
+    projections with gradient and optimizer state, and the student's logits for a chunk of tokens."""
+    args = arguments.training
+    layers = student.num_hidden_layers, teacher.num_hidden_layers
+    pairs = len(layer_pairs(args.layer_mapping, args.num_layer_pairs, *layers))
+    tokens = args.per_device_train_batch_size * longest(arguments)
+    width = 4 * teacher.hidden_size + 2 * teacher.intermediate_size
+    forward = tokens * width * DTYPE_BYTES[arguments.teacher.teacher_dtype]
+    # The teacher's state, and in float32 both models' and their difference.
+    state = DTYPE_BYTES[arguments.teacher.teacher_dtype] * teacher.hidden_size
+    state += 4 * (student.hidden_size + 3 * teacher.hidden_size)
+    chunk = args.loss_chunk_size * student.vocab_size
+    block = min(chunk, block_elements("cpu" if args.use_cpu else "cuda"))
+    parts = [
+        Part(f"teacher forward, {tokens} tokens", forward / GB, "train"),
+        Part(f"states of {pairs} layer pairs", pairs * tokens * state / GB, "train"),
+        Part(
+            f"loss, {args.loss_chunk_size} × {student.vocab_size} logits",
+            4 * (chunk + BLOCK_BUFFERS * block) / GB,
+            "train",
+        ),
+    ]
+    if args.projects:  # weight, gradient and the optimizer's two values, which 8 bits make 2 bytes
+        size = 4 + 4 + (2 if "8bit" in args.optim.value else 8)
+        size *= pairs * (student.hidden_size + 1) * teacher.hidden_size
+        parts.append(Part(f"{pairs} projections, trained", size / GB, "always"))
     if not arguments.student.use_lora:  # summed in float32 over the chunks
         size = 4 * student.vocab_size * student.hidden_size
         parts.append(Part("gradient of the output head", size / GB, "train"))

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-# Sums over tokens, of `distillation_loss`, `policy_loss` and `value_loss` → names in the log.
+# Sums over tokens, of `distillation_loss`, `policy_loss` and `value_loss` → names in the log; others keep theirs.
 NAMES = {
     "agreed": "top1",
     "ce": "ce_nats",
@@ -56,5 +56,5 @@ class TokenMeans:
             elif name.endswith("_max"):
                 means[name] = values.max().item()
             else:
-                means[NAMES[name]] = (values.sum() / tokens).item()
+                means[NAMES.get(name, name)] = (values.sum() / tokens).item()
         return means
