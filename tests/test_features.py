@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from medistill_trl.losses.features import KINDS, FeatureLoss
-from medistill_trl.methods.fitnets.projections import LeastSquares, Projections, map_between_heads
+from medistill_trl.methods.fitnets.projections import (
+    LeastSquares,
+    Moments,
+    Projections,
+    map_between_heads,
+)
 
 STUDENT = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 2.0]])
 TEACHER = torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 2.0]])
@@ -144,41 +149,61 @@ def test_what_does_not_exist_is_refused(kind, reduction):
 # --- where projections start
 
 
-def test_least_squares_finds_an_affine_map_exactly_batch_by_batch():
+def fit(student, teacher, rows=10):
+    """A completion every `rows` tokens."""
+    squares = LeastSquares()
+    for start in range(0, len(student), rows):
+        squares.add(student[start : start + rows], teacher[start : start + rows])
+    return squares
+
+
+def error(student, teacher, weight, bias):
+    return (student @ weight.T + bias - teacher).square().sum()
+
+
+def test_least_squares_finds_an_affine_map_exactly():
     student, weight, bias = states(200, 6, 1), states(9, 6, 2), states(1, 9, 3)[0]
-    teacher = student @ weight.T + bias
-    fit = LeastSquares()
-    for rows in (slice(0, 50), slice(50, 50), slice(50, 200)):  # one of no tokens
-        fit.add(student[rows].float(), teacher[rows])
-    found = fit.solve()
+    squares = fit(student.float(), student @ weight.T + bias)
+    squares.add(student[:0], states(0, 9))  # a completion of no tokens
+    found = squares.solve()
     torch.testing.assert_close(found[0], weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1], bias, rtol=1e-4, atol=1e-4)
 
 
-def test_least_squares_is_no_worse_than_any_other_map():
+def test_without_ridge_it_is_the_least_squares_of_textbooks():
     student, teacher = states(100, 6, 1), states(100, 9, 2)
-    fit = LeastSquares()
-    fit.add(student, teacher)
-    weight, bias = fit.solve()
-
-    def error(weight, bias):
-        return (student @ weight.T + bias - teacher).square().sum()
-
-    best = error(weight, bias)
-    assert best < error(torch.linalg.qr(states(9, 6)).Q, torch.zeros(9))
-    for seed in range(4):
-        nudge = 1e-2 * states(9, 6, seed)
-        assert best < error(weight + nudge, bias)
-        assert best < error(weight, bias + nudge[:, 0])
+    weight, bias = Moments.of(student, teacher).maps([0.0])[0]
+    ones = torch.ones(100, 1, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([student, ones], 1), teacher).solution.T
+    torch.testing.assert_close(torch.cat([weight, bias[:, None]], 1), expected)
 
 
-def test_least_squares_with_fewer_tokens_than_dimensions_fits_these():
-    student, teacher = states(4, 32, 1), states(4, 5, 2)
-    fit = LeastSquares()
-    fit.add(student, teacher)
-    weight, bias = fit.solve()
-    torch.testing.assert_close(student @ weight.T + bias, teacher, rtol=1e-3, atol=1e-3)
-    assert weight.abs().max() < 2
+def test_the_error_of_a_map_is_known_from_the_moments():
+    student, teacher, weight = states(20, 6, 1), states(20, 9, 2), states(9, 6, 3)
+    moments = Moments.of(student[:5], teacher[:5]) + Moments.of(student[5:], teacher[5:])
+    found = moments.error(weight, weight[:, 0])
+    torch.testing.assert_close(found, error(student, teacher, weight, weight[:, 0]))
+
+
+def test_noise_is_not_fitted():
+    """With hardly more tokens than dimensions the exact fit serves no other completion."""
+    student, weight = states(140, 40, 1), states(9, 40, 2) / 40**0.5
+    teacher = student @ weight.T + states(140, 9, 3)
+    other, expected = states(400, 40, 4), states(400, 40, 4) @ weight.T
+    exact = Moments.of(student[:60], teacher[:60]).maps([0.0])[0]
+    chosen = fit(student[:60], teacher[:60]).solve()
+    zero = torch.zeros(9, 40, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
+    errors = [error(other, expected, *found).item() for found in (exact, chosen, zero)]
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.7 * errors[2]
+
+
+def test_fewer_tokens_than_dimensions_and_one_completion_give_a_map_without_large_weights():
+    for rows in (2, 8):
+        weight, bias = fit(states(8, 32, 1), states(8, 5, 2), rows).solve()
+        assert torch.isfinite(weight).all()
+        assert torch.isfinite(bias).all()
+        assert weight.abs().max() < 1
 
 
 def test_least_squares_of_nothing_is_an_error():

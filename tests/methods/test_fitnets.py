@@ -345,7 +345,7 @@ def test_projections_train_in_a_group_of_their_own(tmp_path):
 
 
 def test_the_loss_falls_and_the_teacher_stays(tmp_path):
-    setting = fitnets(tmp_path, max_steps=20, optim="adamw_torch", projection_init="orthogonal")
+    setting = fitnets(tmp_path, max_steps=20, optim="adamw_torch")
     teacher = copy.deepcopy(setting.teacher.model.state_dict())
     trainer = train(setting)[1]
     assert logged(trainer)[-1] < logged(trainer)[0] - 0.2

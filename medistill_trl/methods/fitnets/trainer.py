@@ -225,15 +225,13 @@ class FitNetsTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _fit(self, student: PreTrainedModel, examples: list[dict]) -> list[LeastSquares]:
-        size = self.args.per_device_train_batch_size
         layers = [layer for layer, _ in self.pairs]
         fits = [LeastSquares() for _ in self.pairs]
         was_training = student.training
         student.eval()
-        starts = range(0, len(examples), size)
-        hidden = not self.accelerator.is_main_process or self.args.disable_tqdm
-        for start in tqdm(starts, desc="fitting projections", unit="batch", disable=hidden):
-            batch = self._prepare_inputs(self.data_collator(examples[start : start + size]))
+        quiet = not self.accelerator.is_main_process or self.args.disable_tqdm
+        for example in tqdm(examples, "fitting projections", unit="completion", disable=quiet):
+            batch = self._prepare_inputs(self.data_collator([example]))
             with captured(student, layers) as states, self.accelerator.autocast():
                 run_through(student, max(layers), batch["input_ids"], batch["attention_mask"])
             theirs = self._teacher_states(batch)
