@@ -145,7 +145,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(tmp_path, changes, na
 # --- layers
 
 
-@pytest.mark.parametrize("kind", ["mse", "normalised_mse", "cosine", "cka"])
+@pytest.mark.parametrize("kind", ["mse", "cka"])
 def test_a_copy_of_the_teacher_costs_nothing_unless_shifted_by_a_layer(tmp_path, kind):
     losses = {}
     for name, mapping in (("same", {1: 1, 3: 3, 4: 4}), ("shifted", {1: 2, 3: 4})):
@@ -173,24 +173,24 @@ def test_strategies_reach_the_trainer(tmp_path):
 # --- normalisation and numerics
 
 
-def test_accumulating_one_by_eight_is_eight_by_one(tmp_path):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, reduction):
     after = {}
-    for reduction in ("mean", "sum"):
-        for rows, steps in ((1, 8), (8, 1)):
-            setting = fitnets(
-                tmp_path / f"{reduction}{rows}",
-                student=make_narrow(),
-                max_steps=1,
-                per_device_train_batch_size=rows,
-                gradient_accumulation_steps=steps,
-                feature_reduction=reduction,
-                projection_init="orthogonal",
-                **{**PLAIN, "learning_rate": 0.01},
-            )
-            trainer = train(setting)[1]
-            after[rows] = weights(setting), logged(trainer)[0]
-        torch.testing.assert_close(after[1][0], after[8][0], rtol=1e-4, atol=1e-6)
-        assert after[1][1] == pytest.approx(after[8][1], rel=1e-4)
+    for rows, steps in ((1, 8), (8, 1)):
+        setting = fitnets(
+            tmp_path / str(rows),
+            student=make_narrow(),
+            max_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            feature_reduction=reduction,
+            projection_init="orthogonal",
+            **{**PLAIN, "learning_rate": 0.01},
+        )
+        trainer = train(setting)[1]
+        after[rows] = weights(setting), logged(trainer)
+    torch.testing.assert_close(after[1][0], after[8][0], rtol=1e-4, atol=1e-6)
+    assert after[1][1] == pytest.approx(after[8][1], rel=1e-4)
 
 
 def test_padding_sides_agree(tmp_path):

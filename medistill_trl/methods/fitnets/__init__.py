@@ -19,6 +19,7 @@ from trl import SFTConfig
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import layer_pairs
+from medistill_trl.losses.features import FeatureLoss
 from medistill_trl.memory_plan import feature_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.fitnets.trainer import FitNetsTrainer
@@ -147,7 +148,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
         _require_same_prompts(loaded)
     logger.info(
         "hidden states (%s): %s",
-        f"{args.feature_loss}, {args.feature_reduction}",
+        FeatureLoss(args.feature_loss, args.feature_reduction),
         ", ".join(f"student layer {s} ← teacher layer {t}" for s, t in pairs),
     )
 
