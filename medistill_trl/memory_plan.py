@@ -84,21 +84,24 @@ def feature_memory(
     # The teacher's state, and in float32 both models' and their difference.
     state = DTYPE_BYTES[arguments.teacher.teacher_dtype] * teacher.hidden_size
     state += 4 * (student.hidden_size + 3 * teacher.hidden_size)
-    chunk = args.loss_chunk_size * student.vocab_size
-    block = min(chunk, block_elements("cpu" if args.use_cpu else "cuda"))
     parts = [
         Part(f"teacher forward, {tokens} tokens", forward / GB, "train"),
         Part(f"states of {pairs} layer pairs", pairs * tokens * state / GB, "train"),
-        Part(
-            f"loss, {args.loss_chunk_size} × {student.vocab_size} logits",
-            4 * (chunk + BLOCK_BUFFERS * block) / GB,
-            "train",
-        ),
     ]
     if args.projects:  # weight, gradient and the optimizer's two values, which 8 bits make 2 bytes
         size = 4 + 4 + (2 if "8bit" in args.optim.value else 8)
         size *= pairs * (student.hidden_size + 1) * teacher.hidden_size
         parts.append(Part(f"{pairs} projections, trained", size / GB, "always"))
+    return parts + _chunked_cross_entropy(arguments, student) if args.alpha < 1 else parts
+
+
+def _chunked_cross_entropy(arguments: Arguments, student: PretrainedConfig) -> list[Part]:
+    """Of `losses.token_kl` without a teacher."""
+    args = arguments.training
+    chunk = args.loss_chunk_size * student.vocab_size
+    block = min(chunk, block_elements("cpu" if args.use_cpu else "cuda"))
+    logits = f"loss, {args.loss_chunk_size} × {student.vocab_size} logits"
+    parts = [Part(logits, 4 * (chunk + BLOCK_BUFFERS * block) / GB, "train")]
     if not arguments.student.use_lora:  # summed in float32 over the chunks
         size = 4 * student.vocab_size * student.hidden_size
         parts.append(Part("gradient of the output head", size / GB, "train"))

@@ -6,6 +6,7 @@ from conftest import make_model, make_tokenizer
 
 from medistill_trl import memory_plan, model_source
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.methods.fitnets import FitNetsConfig
 from medistill_trl.methods.logit_kd import LogitKDConfig
 from medistill_trl.methods.sft import SFTDistillConfig
 from medistill_trl.methods.spin import SpinConfig
@@ -94,6 +95,34 @@ def test_preferences_hold_two_completions_a_pair_and_a_full_students_reference(
     full, arguments, _ = parts_of(teacher_folder, tmp_path, student={"use_lora": False}, **given)
     parts = memory_plan.preference_memory(arguments, source.config, source.config)
     assert gb(parts, "reference weights") == gb(full, "student weights")
+
+
+def test_hidden_states_are_held_of_the_mapped_layers_and_projections_in_full(
+    teacher_folder, tmp_path
+):
+    given = {
+        "config_class": FitNetsConfig,
+        "per_device_train_batch_size": 3,
+        "optim": "adamw_torch",
+    }
+
+    def planned(**training):
+        _, arguments, source = parts_of(teacher_folder, tmp_path, **given, **training)
+        return memory_plan.feature_memory(arguments, source.config, source.config), arguments
+
+    two, arguments = planned(num_layer_pairs=2)
+    # Weight, gradient and Adam's two values, in float32.
+    assert gb(two, "2 projections") == pytest.approx(2 * 4 * 4 * (64 + 1) * 64 / 1e9)
+    tokens = 3 * memory_plan.longest(arguments)
+    states = 2 * tokens * (2 * 64 + 4 * 4 * 64)
+    assert gb(two, "states of 2 layer pairs") == pytest.approx(states / 1e9)
+    one, _ = planned(layer_mapping={2: 3})
+    assert gb(one, "states of 1 layer pairs") == pytest.approx(states / 2 / 1e9)
+    bare, _ = planned(feature_loss="cka", alpha=1.0)
+    names = " ".join(part.name for part in bare)
+    assert "projections" not in names
+    assert "logits" not in names
+    assert "logits" in " ".join(part.name for part in two)
 
 
 def test_the_peak_is_the_larger_phase():
