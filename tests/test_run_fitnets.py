@@ -48,10 +48,16 @@ def finished(tmp_path_factory, teacher_folder, model_cache):
 def test_the_recipe_runs_and_says_what_it_compares(finished):
     out, _, _, result = finished
     assert (out / "COMPLETE").is_file()
-    assert "mse, mean over tokens and dimensions" in result.stderr
+    assert "normalised_mse, mean over tokens" in result.stderr
     assert "student layer 1 ← teacher layer 2, student layer 2 ← teacher layer 4" in result.stderr
     assert "Traceback" not in result.stderr
-    for name in ("loss", "ce_nats", "student_entropy_nats", "mse_1_2", "mse_2_4"):
+    for name in (
+        "loss",
+        "ce_nats",
+        "student_entropy_nats",
+        "normalised_mse_1_2",
+        "normalised_mse_2_4",
+    ):
         assert len(logged(out, name)) == 4, name
     heldout = record(out)["heldout"]
     assert heldout["before"]["kl_nats"] != heldout["after"]["kl_nats"]
@@ -78,7 +84,7 @@ def test_two_processes_take_the_steps_of_one(finished, tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     two = tmp_path / "two"
     assert record(two)["num_processes"] == 2
-    for name in ("loss", "ce_nats", "mse_1_2", "mse_2_4"):
+    for name in ("loss", "ce_nats", "normalised_mse_1_2", "normalised_mse_2_4"):
         assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-3)
     assert record(two)["tokens"]["trained"] == record(one)["tokens"]["trained"]
     for name in (ADAPTER, f"checkpoints/checkpoint-4/{PROJECTIONS}"):
@@ -169,7 +175,7 @@ def test_4bit_teacher_and_student_with_gradients_after_an_evaluation(finished, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["normalised_mse", "cka"])
+@pytest.mark.parametrize("loss", ["mse", "cka"])
 def test_two_processes_train_all_weights_at_alpha_1_with_an_inner_layer_last(
     finished, tmp_path, loss
 ):
@@ -184,7 +190,7 @@ def test_two_processes_train_all_weights_at_alpha_1_with_an_inner_layer_last(
 @pytest.mark.slow
 def test_the_embedded_pair_in_one_process_and_in_two(tmp_path, model_cache):
     flags = [*PLAIN[:-1], 0.05, "--max_steps", 4, "--teacher_max_new_tokens", 24]
-    flags += ["--projection_init_prompts", 8, "--feature_loss", "normalised_mse"]
+    flags += ["--projection_init_prompts", 8]
     flags += ["--teacher_temperature", 0, "--completion_store", tmp_path / "c.sqlite"]
     for config, rows in (("cpu.yaml", 4), ("cpu_ddp.yaml", 2)):
         words = ["--per_device_train_batch_size", rows, "--output_dir", tmp_path / config]

@@ -38,7 +38,7 @@ def make_narrow(width=32, layers=2, seed=2):
 
 
 def fitnets(tmp_path, **changes):
-    return make_setting(tmp_path, "fitnets", **changes)
+    return make_setting(tmp_path, "fitnets", **{"feature_loss": "mse", **changes})
 
 
 def built(setting):

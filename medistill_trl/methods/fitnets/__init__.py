@@ -4,7 +4,7 @@
 
 with g and h the outputs of the two layers and P an affine map that is learned beside the student (Romero et al.
 2015, arXiv 1412.6550, "hints"; for transformers TinyBERT, arXiv 1909.10351, and PKD, arXiv 1908.09355). CE is on
-what the teacher writes. By default the squared error is a mean over tokens and dimensions.
+what the teacher writes. By default the squared error is divided by ‖h_t‖², and a mean over tokens.
 
 Neither model keeps hidden states but those of its mapped layers, the teacher is run to its last mapped layer
 only, and logits exist for one chunk of tokens at a time.
@@ -57,10 +57,10 @@ class FitNetsConfig(SFTConfig):
         default=2, metadata={"help": "Pairs of layers that uniform, last and skip choose."}
     )
     feature_loss: str = field(
-        default="mse",
+        default="normalised_mse",
         metadata={
-            "help": "mse (FitNets), normalised_mse (over the teacher state's squared norm), cosine, or cka, "
-            "which needs no projection.",
+            "help": "mse (FitNets and the report), normalised_mse (over the teacher state's squared norm, so "
+            "that alpha means the same at every layer), cosine, or cka, which needs no projection.",
             "choices": ["mse", "normalised_mse", "cosine", "cka"],
         },
     )
