@@ -30,6 +30,7 @@ from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
 from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
+from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.pairs import PairCollator, encode_completion_pair
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.setting import Setting
@@ -337,35 +338,18 @@ def build(setting: Setting) -> LogitKDTrainer:
 
 def build_with(trainer: type[LogitKDTrainer], setting: Setting) -> LogitKDTrainer:
     """`build`, for a subclass."""
-    args, shared = setting.arguments.training, setting.heldout.shared
-
-    def example(question: str, completion: Completion) -> dict:
-        return encode_completion_pair(
-            setting.form, setting.teacher.form, shared, question, completion, args.max_length
-        )
-
-    prompts = setting.train_prompts
-    if setting.arguments.teacher.teacher_completions == "stored":
-        drawn = setting.stored_completions(args.num_completions)
-        rows = [
-            {"question": prompt.question, "example": example(prompt.question, completion)}
-            for prompt, completions in zip(prompts, drawn, strict=True)
-            for completion in completions
-        ]
-    else:
-        rows = [{"question": prompt.question, "example": None} for prompt in prompts]
-    heldout = zip(setting.heldout.prompts, setting.heldout.completions, strict=True)
+    writer = PairWriter.of(setting)
     return trainer(
         model=setting.student,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list([example(p.question, c) for p, c in heldout]),
+        args=setting.arguments.training,
+        train_dataset=Dataset.from_list(training_rows(setting, writer)),
+        eval_dataset=Dataset.from_list(heldout_rows(setting, writer)),
         teacher=setting.teacher,
-        shared=shared,
+        shared=writer.shared,
         form=setting.form,
         sampling=setting.sampling,
         totals=setting.totals,
-        teacher_batch_size=setting.arguments.teacher.teacher_batch_size,
+        teacher_batch_size=writer.batch_size,
     )
 
 
