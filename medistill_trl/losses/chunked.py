@@ -92,10 +92,10 @@ def token_sum(
     with torch.no_grad():
         terms, gradients = _evaluate(objective, student, teacher, targets_N, chunk_size, wanted)
         loss = objective.total(terms)
-    return (_KnownGradients.apply(loss, gradients, *inputs) if any(wanted) else loss), terms
+    return (KnownGradients.apply(loss, gradients, *inputs) if any(wanted) else loss), terms
 
 
-class _KnownGradients(torch.autograd.Function):
+class KnownGradients(torch.autograd.Function):
     """A scalar whose gradients are known already; backward scales them."""
 
     @staticmethod
