@@ -21,6 +21,7 @@ class PairWriter:
         totals: Where its tokens are counted.
         max_length: Of an example, in tokens; None for no limit.
         batch_size: Prompts per generation; None for all at once.
+        same_prompt: Both models read the student's prompt, so that they see the same tokens all along.
     """
 
     form: PromptFormat
@@ -30,9 +31,10 @@ class PairWriter:
     totals: Totals
     max_length: int | None
     batch_size: int | None = None
+    same_prompt: bool = False
 
     @classmethod
-    def of(cls, setting: Setting) -> "PairWriter":
+    def of(cls, setting: Setting, same_prompt: bool = False) -> "PairWriter":
         return cls(
             form=setting.form,
             teacher=setting.teacher,
@@ -41,12 +43,14 @@ class PairWriter:
             totals=setting.totals,
             max_length=setting.arguments.training.max_length,
             batch_size=setting.arguments.teacher.teacher_batch_size,
+            same_prompt=same_prompt,
         )
 
     def encode(self, question: str, completion: Completion) -> dict[str, list[int]]:
         """One example, see `encode_completion_pair`."""
+        read = self.form if self.same_prompt else self.teacher.form
         return encode_completion_pair(
-            self.form, self.teacher.form, self.shared, question, completion, self.max_length
+            self.form, read, self.shared, question, completion, self.max_length
         )
 
     def examples(self, rows: list[dict], seed: int) -> list[dict[str, list[int]]]:
