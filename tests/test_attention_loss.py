@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from medistill_trl.losses.attention import (
     KINDS,
@@ -191,3 +194,45 @@ def test_the_most_relation_heads_divide_every_width():
     assert most_relation_heads([2048, 256, 4096], 32) == 32
     assert most_relation_heads([576, 192], 9) == 8
     assert most_relation_heads([7], 6) == 1
+
+
+class LiveMemory(TorchDispatchMode):
+    """The most bytes that tensors made within hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return result
+
+
+def peak_of(time, chunk_size):
+    """Bytes of loss and backward over `time` positions, and of one map of time × time."""
+    sides = [
+        AttentionInputs(*(torch.randn(1, 4, time, 8) for _ in range(3)), 8**-0.5) for _ in range(2)
+    ]
+    for tensor in sides[0][:3]:
+        tensor.requires_grad_()
+    rows = torch.ones(1, time, dtype=torch.bool)
+    with LiveMemory() as memory:
+        attention_loss(*sides, rows, rows, chunk_size=chunk_size).backward()
+    return memory.peak, 4 * 4 * time**2
+
+
+def test_no_map_is_ever_held_and_memory_grows_with_the_chunk_and_linearly_with_time():
+    peak, whole_map = peak_of(1024, chunk_size=16)
+    assert peak < 0.25 * whole_map
+    twice, whole_map = peak_of(2048, chunk_size=16)
+    assert twice < 2.1 * peak
+    assert twice < 0.125 * whole_map
+    in_one, whole_map = peak_of(1024, chunk_size=1024)
+    assert in_one > 4 * whole_map  # what the measure sees where maps are held
