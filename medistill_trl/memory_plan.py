@@ -24,6 +24,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # (Dettmers et al. 2023, arXiv 2305.14314, section 3); without, a 32-bit scale per 64.
 BYTES_4BIT = {True: (4 + 8 / 64 + 32 / (64 * 256)) / 8, False: (4 + 32 / 64) / 8}
 BLOCK_BUFFERS = 10  # float32 tensors a block of losses.chunked holds at a time
+SCORE_BUFFERS = 6  # float32 tensors of scores that losses.attention holds at a time
 LOSS_ROWS = 256  # completion positions projected to the vocabulary at a time (TRL's chunked_nll)
 
 
@@ -106,6 +107,31 @@ def _chunked_cross_entropy(arguments: Arguments, student: PretrainedConfig) -> l
         size = 4 * student.vocab_size * student.hidden_size
         parts.append(Part("gradient of the output head", size / GB, "train"))
     return parts
+
+
+def attention_memory(
+    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[Part]:
+    """Of `losses.attention`: the teacher's forward pass, what the mapped layers of both models attend with, and
+    their scores for a chunk of positions; and the student's logits for a chunk of tokens."""
+    args, length = arguments.training, longest(arguments)
+    layers = student.num_hidden_layers, teacher.num_hidden_layers
+    pairs = len(layer_pairs(args.layer_mapping, args.num_layer_pairs, *layers))
+    rows = args.per_device_train_batch_size
+    width = 4 * teacher.hidden_size + 2 * teacher.intermediate_size
+    forward = rows * length * width * DTYPE_BYTES[arguments.teacher.teacher_dtype]
+    # Float32 at most: as projected and with the rotary embedding, of the student also the gradients.
+    width = 3 * _attention_width(student) + 2 * _attention_width(teacher)
+    kept = 4 * pairs * rows * length * width
+    heads = max(student.num_attention_heads, teacher.num_attention_heads)
+    scores = 4 * SCORE_BUFFERS * rows * heads * args.attention_chunk_size * length
+    name = f"loss, {args.attention_chunk_size} × {length} scores of {heads} heads"
+    parts = [
+        Part(f"teacher forward, {rows * length} tokens", forward / GB, "train"),
+        Part(f"queries, keys and values of {pairs} layer pairs", kept / GB, "train"),
+        Part(name, scores / GB, "train"),
+    ]
+    return parts + _chunked_cross_entropy(arguments, student) if args.alpha < 1 else parts
 
 
 def preference_memory(
@@ -293,9 +319,23 @@ def _trained_parameters(model: torch.nn.Module, arguments: Arguments) -> int:
 
 
 def _kv_cache(config: PretrainedConfig, rows: int, length: int, dtype: str) -> float:
+    width = _key_value_width(config)
+    return config.num_hidden_layers * rows * length * width * DTYPE_BYTES[dtype]
+
+
+def _attention_width(config: PretrainedConfig) -> int:
+    """Numbers of a token's queries, keys and values in one layer."""
+    groups = config.num_attention_heads // (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    return _key_value_width(config) * (2 + groups) // 2
+
+
+def _key_value_width(config: PretrainedConfig) -> int:
+    """Numbers of a token's keys and values in one layer."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * rows * length * heads * head_dim * DTYPE_BYTES[dtype]
+    return 2 * heads * head_dim
 
 
 def _activations(config: PretrainedConfig, rows: int, length: int, arguments: Arguments) -> float:

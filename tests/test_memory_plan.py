@@ -6,6 +6,7 @@ from conftest import make_model, make_tokenizer
 
 from medistill_trl import memory_plan, model_source
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
+from medistill_trl.methods.attention import AttentionConfig
 from medistill_trl.methods.fitnets import FitNetsConfig
 from medistill_trl.methods.logit_kd import LogitKDConfig
 from medistill_trl.methods.sft import SFTDistillConfig
@@ -175,3 +176,19 @@ def test_a_rollout_is_drawn_at_once(teacher_folder, tmp_path):
     rollout = gb(parts, "student KV cache, 24 ×")
     assert rollout == pytest.approx(3 * gb(window, "student KV cache, 8 ×"))
     assert gb(parts, "value head") == pytest.approx(16 * (source.config.hidden_size + 1) / 1e9)
+
+
+def test_attention_holds_a_chunk_of_scores_and_what_the_mapped_layers_attend_with(
+    teacher_folder, tmp_path
+):
+    given = {"config_class": AttentionConfig, "per_device_train_batch_size": 2}
+    _, arguments, source = parts_of(teacher_folder, tmp_path, attention_chunk_size=32, **given)
+    config, length = source.config, memory_plan.longest(arguments)
+    parts = memory_plan.attention_memory(arguments, config, config)
+    heads = config.num_attention_heads
+    scores = 4 * 6 * 2 * heads * 32 * length  # six float32 buffers
+    assert gb(parts, f"loss, 32 × {length} scores of {heads} heads") == pytest.approx(scores / 1e9)
+    width = (heads + 2 * config.num_key_value_heads) * config.hidden_size // heads
+    kept = 4 * 2 * 2 * length * 5 * width  # two pairs, two rows; three times the student's
+    assert gb(parts, "queries, keys and values of 2") == pytest.approx(kept / 1e9)
+    assert gb(parts, "teacher forward") > 0
