@@ -7,6 +7,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from medistill_trl import model_source, models
+from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import DataReport, Prompt, leave_out_heldout, read_prompts
@@ -90,19 +91,34 @@ def identity(arguments: Arguments, loaded: Loaded) -> dict:
     """What a run's numbers depend on besides its recipe; a resumed run must find the same again."""
     return {
         "num_processes": PartialState().num_processes,
-        "teacher": _teacher_identity(arguments, loaded.teacher),
+        "teacher": teacher_identity(loaded.teacher, arguments.teacher, arguments.student),
         "student": loaded.student.fingerprint,
         **{f"sha256 of {report.path}": report.sha256 for report in loaded.reports},
     }
 
 
-def _teacher_identity(arguments: Arguments, source: ModelSource) -> str:
-    t, s = arguments.teacher, arguments.student
-    words = [source.fingerprint, t.teacher_dtype]
-    if t.teacher_load_in_4bit:
-        words += ["4bit", s.bnb_4bit_quant_type]
-        words += ["double_quant"] if s.bnb_4bit_use_double_quant else []
-    if t.teacher_load_in_8bit:
+def teacher_identity(source: ModelSource, args: TeacherArguments, s: StudentArguments) -> str:
+    """Names the teacher's exact weights, dtype and quantisation."""
+    return _loaded_as(
+        source, args.teacher_dtype, args.teacher_load_in_4bit, args.teacher_load_in_8bit, s
+    )
+
+
+def student_identity(source: ModelSource, args: StudentArguments) -> str:
+    """The same of a student, without an adapter."""
+    return _loaded_as(
+        source, args.student_dtype, args.student_load_in_4bit, args.student_load_in_8bit, args
+    )
+
+
+def _loaded_as(
+    source: ModelSource, dtype: str, in_4bit: bool, in_8bit: bool, args: StudentArguments
+) -> str:
+    words = [source.fingerprint, dtype]
+    if in_4bit:
+        words += ["4bit", args.bnb_4bit_quant_type]
+        words += ["double_quant"] if args.bnb_4bit_use_double_quant else []
+    if in_8bit:
         words += ["8bit"]
     return " ".join(words)
 
@@ -121,9 +137,7 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         training.trust_remote_code,
     )
     form = loaded.teacher_form
-    teacher = Teacher(
-        teacher_model, form.tokenizer, form, _teacher_identity(arguments, loaded.teacher)
-    )
+    teacher = Teacher(teacher_model, form.tokenizer, form, teacher_identity(loaded.teacher, t, s))
     logger.info("loading student %s", s.student_model)
     student = models.load_student(
         loaded.student,

@@ -88,7 +88,7 @@ def resolve(
         location = str(_prune(name, location, revision, config, keep_layers))
         is_local, revision = True, None
         config = AutoConfig.from_pretrained(location)
-    fingerprint = _folder_digest(Path(location)) if is_local else f"{name}@{config._commit_hash}"
+    fingerprint = folder_digest(Path(location)) if is_local else f"{name}@{config._commit_hash}"
     return ModelSource(name, location, revision, config, fingerprint)
 
 
@@ -211,7 +211,7 @@ def _prune(
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(location, revision=revision).save_pretrained(folder)
 
-    origin = _folder_digest(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
+    origin = folder_digest(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
     digest = hashlib.sha256(json.dumps([origin, keep]).encode()).hexdigest()
     stem = Path(location).name
     return _once(cache_folder() / f"{stem}-{len(keep)}of{depth}-{digest[:12]}", write)
@@ -263,7 +263,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Names the weights and tokenizer of a local folder."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja"}

@@ -1,0 +1,70 @@
+"""How many items go through a model at once: as asked for, or what the memory turns out to hold."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from medistill_trl.errors import RunFailed
+
+logger = logging.getLogger(__name__)
+
+ON_CPU = 8  # more does not go faster there
+ON_DEVICE = 64  # where halving begins
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class BatchSize:
+    """A batch size that is halved, for good, whenever memory runs out.
+
+    Args:
+        size: Items in one forward.
+        fixed: The user asked for this size: running out of memory is then an error.
+    """
+
+    size: int
+    fixed: bool
+
+    @classmethod
+    def of(cls, asked: int | None, device: torch.device) -> "BatchSize":
+        """The size asked for, or for None (auto) one to begin with on this device."""
+        if asked is not None:
+            return cls(asked, fixed=True)
+        return cls(ON_CPU if device.type == "cpu" else ON_DEVICE, fixed=False)
+
+    def attempt(self, work: Callable[[int], Result]) -> Result:
+        """`work(size)`, again at half the size for as long as memory runs out.
+
+        Raises:
+            RunFailed: not even one item fits, or the size is fixed.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if self.fixed or self.size == 1:
+                    raise RunFailed(
+                        f"out of memory at batch size {self.size}; "
+                        + ("choose a smaller --batch_size" if self.size > 1 else "one item alone")
+                        + " does not fit: load the models in fewer bits"
+                    ) from error
+                self.size //= 2
+            torch.cuda.empty_cache()  # nothing on CPU
+            logger.warning("out of memory; going on with batches of %d", self.size)
+
+    def map(
+        self, work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
+    ) -> list[Result]:
+        """`work` over all items, a batch at a time; results in the items' order."""
+        results: list[Result] = []
+        while len(results) < len(items):
+            start = len(results)
+            results += self.attempt(lambda size, start=start: work(items[start : start + size]))
+        return results

@@ -1,0 +1,131 @@
+"""What an evaluation is asked to do, as dataclasses whose fields are the command's flags.
+
+A part that needs a setting of its own adds a field to `Options`, with `help`, and bounds to `LIMITS`.
+Importing this loads no torch.
+"""
+
+import argparse
+import types
+from dataclasses import MISSING, dataclass, field, fields
+from typing import get_args, get_origin, get_type_hints
+
+from medistill_trl.errors import UserError
+
+
+def batch_size(text: str) -> int | None:
+    """`auto` (None) or a number of items."""
+    return None if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the measurements. They are part of what a result is, and stand in its file."""
+
+    LIMITS = {
+        "limit": {"min": 1},
+        "batch_size": {"min": 1},
+        "few_shot": {"min": 0, "max": 16},
+    }
+
+    limit: int | None = field(
+        default=None, metadata={"help": "Only the first N items of every data file."}
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Items in one forward. auto: 8 on CPU; on a GPU 64, halved while memory runs out.",
+            "parse": batch_size,
+        },
+    )
+    few_shot: int = field(
+        default=0, metadata={"help": "Solved examples before each benchmark question."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of every draw."})
+
+    def __post_init__(self) -> None:
+        for name, limits in self.LIMITS.items():
+            _check(name, getattr(self, name), limits)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Models to evaluate without a run. For a run its recipe says all of this."""
+
+    LIMITS = {}
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder (an adapter's too), .gguf file or package:NAME/FILE.gguf."
+        },
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "The model it is measured against; the same kinds of name."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of --model on the hub."}
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of --teacher on the hub."}
+    )
+    keep_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Evaluate --model with only these decoder layers, counted from 0."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of both models; by default float32 on CPU and bfloat16 on a GPU.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load --model in 4-bit."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load --model in 8-bit."})
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load --teacher in 4-bit."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load --teacher in 8-bit."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "Instruction before every question the models answer."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with a model."}
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """One flag for each field of an options dataclass."""
+    hints = get_type_hints(options)
+    group = parser.add_argument_group(options.__doc__.partition("\n")[0])
+    for item in fields(options):
+        group.add_argument(f"--{item.name}", help=item.metadata["help"], **_flag(item, hints))
+
+
+def _flag(item, hints: dict) -> dict:
+    """argparse's words for a field: a bool is a switch, a list takes several values."""
+    default = None if item.default is MISSING else item.default
+    shown = {"default": default, "choices": item.metadata.get("choices")}
+    kind = hints[item.name]
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not types.NoneType)
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is list:
+        return {**shown, "nargs": "+", "type": get_args(kind)[0]}
+    return {**shown, "type": item.metadata.get("parse", kind)}
+
+
+def from_flags(options: type, parsed: argparse.Namespace):
+    """The options dataclass from parsed flags."""
+    return options(**{item.name: getattr(parsed, item.name) for item in fields(options)})
+
+
+def _check(name: str, value: float | None, limits: dict[str, float]) -> None:
+    if value is None:
+        return
+    for bound, wrong, words in (
+        ("min", lambda limit: value < limit, "at least"),
+        ("max", lambda limit: value > limit, "at most"),
+        ("above", lambda limit: value <= limit, "above"),
+        ("below", lambda limit: value >= limit, "below"),
+    ):
+        if bound in limits and wrong(limits[bound]):
+            raise UserError(f"--{name}: must be {words} {limits[bound]}, got {value}")

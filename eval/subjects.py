@@ -1,0 +1,232 @@
+"""The models that are evaluated, each with the prompt format that training used.
+
+Weights are loaded when a part first asks for them: a teacher whose results are all stored is never
+loaded.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from eval.options import ModelOptions
+from medistill_trl import models
+from medistill_trl.arguments import StudentArguments, TeacherArguments
+from medistill_trl.errors import UserError, first_line
+from medistill_trl.inputs import student_identity, teacher_identity
+from medistill_trl.model_source import ModelSource, folder_digest, resolve
+from medistill_trl.prompts import PromptFormat
+from medistill_trl.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"
+DEFAULT_SEED = 42
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model under evaluation.
+
+    Args:
+        name: `student` or `teacher`.
+        form: Its prompt format; its tokenizer is the model's.
+        fingerprint: Names the exact weights, dtype and quantisation; of a teacher the same as the
+            completion store has. What the prompt format adds (a system prompt) is not in it.
+        source: Where it comes from, for a reader: a hub id, a folder.
+        load: Makes the model.
+    """
+
+    name: str
+    form: PromptFormat
+    fingerprint: str
+    source: str
+    load: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """In evaluation mode, no parameter requires a gradient; loaded at the first use."""
+        logger.info("loading the %s, %s", self.name, self.source)
+        return self.load().requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one evaluation compares.
+
+    Args:
+        student: The model evaluated.
+        teacher: What it is measured against; None for a model by itself.
+        recipe: Of the run; None for models without a run.
+        seed: Of the run's training.
+    """
+
+    student: Subject
+    teacher: Subject | None
+    recipe: dict | None
+    seed: int
+
+    @property
+    def subjects(self) -> list[Subject]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+
+def load_run(path: Path, allow_partial: bool = False) -> Pair:
+    """The trained student of a run and its teacher, loaded as the recipe says.
+
+    Args:
+        allow_partial: Take a run that has a final model but never finished.
+
+    Raises:
+        UserError: there is no run, it is not finished, or its base model is another one by now.
+    """
+    run = RunDirectory(path)
+    _check_run(run, allow_partial)
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    student = _known(StudentArguments, recipe)
+    teacher = _known(TeacherArguments, recipe)
+    remote = bool(recipe.get("trust_remote_code"))
+    base = resolve(
+        student.student_model, student.student_revision, student.student_keep_layers, remote
+    )
+    trained_on = json.loads(run.inputs.read_text(encoding="utf-8"))["student"]
+    if base.fingerprint != trained_on:
+        raise UserError(
+            f"{run.path}: it was trained on {student.student_model} as {trained_on}, and that model is "
+            f"{base.fingerprint} now; put the old one back, or train anew"
+        )
+    system_prompt = recipe.get("system_prompt")
+    adapter = run.final_model if student.use_lora else None
+    if adapter is None:
+        base = resolve(str(run.final_model), trust_remote_code=remote)
+    return Pair(
+        _student(base, student, adapter, str(run.path), system_prompt, remote),
+        _teacher(teacher, student, system_prompt, remote),
+        recipe,
+        recipe.get("seed", DEFAULT_SEED),
+    )
+
+
+def _check_run(run: RunDirectory, allow_partial: bool) -> None:
+    if not run.recipe.is_file():
+        raise UserError(
+            f"{run.path}: no run is here (no recipe.yaml, looked below {Path.cwd()}); name a run "
+            "directory, such as outputs/sft_demo, or a model with --model"
+        )
+    if not run.is_complete and not allow_partial:
+        raise UserError(
+            f"{run.path}: this run is not finished (no COMPLETE); continue it with --resume, or evaluate "
+            "what is there with --allow_partial"
+        )
+    if not any((run.final_model / name).is_file() for name in (ADAPTER, "config.json")):
+        raise UserError(
+            f"{run.path}: no model in {run.final_model}; continue the run with --resume"
+        )
+
+
+def load_models(options: ModelOptions) -> Pair:
+    """Models by name, without a run.
+
+    Raises:
+        UserError: no such model, or the name is a run's.
+    """
+    if (Path(options.model) / "recipe.yaml").is_file():
+        raise UserError(
+            f"--model {options.model}: a run is here; evaluate it with python -m eval.run {options.model}"
+        )
+    remote, dtype = options.trust_remote_code, options.dtype or _default_dtype()
+    adapter = Path(options.model) if (Path(options.model) / ADAPTER).is_file() else None
+    student = StudentArguments(
+        student_model=options.model if adapter is None else _base_of(adapter),
+        student_revision=options.revision,
+        student_keep_layers=options.keep_layers,
+        student_dtype=dtype,
+        student_load_in_4bit=options.load_in_4bit,
+        student_load_in_8bit=options.load_in_8bit,
+    )
+    base = resolve(student.student_model, options.revision, options.keep_layers, remote)
+    subject = _student(base, student, adapter, options.model, options.system_prompt, remote)
+    if options.teacher is None:
+        return Pair(subject, None, None, DEFAULT_SEED)
+    teacher = TeacherArguments(
+        teacher_model=options.teacher,
+        teacher_revision=options.teacher_revision,
+        teacher_dtype=dtype,
+        teacher_load_in_4bit=options.teacher_load_in_4bit,
+        teacher_load_in_8bit=options.teacher_load_in_8bit,
+    )
+    measured = _teacher(teacher, student, options.system_prompt, remote)
+    return Pair(subject, measured, None, DEFAULT_SEED)
+
+
+def _student(
+    base: ModelSource,
+    args: StudentArguments,
+    adapter: Path | None,
+    source: str,
+    system_prompt: str | None,
+    trust_remote_code: bool,
+) -> Subject:
+    form = PromptFormat(models.load_tokenizer(base, trust_remote_code), system_prompt)
+    plain = replace(args, use_lora=False)  # an adapter is loaded, not begun
+
+    def load() -> PreTrainedModel:
+        device = PartialState().device
+        model = models.load_student(base, form.tokenizer, plain, device, trust_remote_code)
+        return model if adapter is None else _with_adapter(model, adapter)
+
+    fingerprint = student_identity(base, args)
+    if adapter is not None:
+        fingerprint += f" adapter {folder_digest(adapter)}"
+    return Subject("student", form, fingerprint, source, load)
+
+
+def _teacher(
+    args: TeacherArguments,
+    student: StudentArguments,
+    system_prompt: str | None,
+    trust_remote_code: bool,
+) -> Subject:
+    source = resolve(args.teacher_model, args.teacher_revision, None, trust_remote_code)
+    form = PromptFormat(models.load_tokenizer(source, trust_remote_code), system_prompt)
+
+    def load() -> PreTrainedModel:
+        device = PartialState().device
+        return models.load_teacher(source, form.tokenizer, args, student, device, trust_remote_code)
+
+    fingerprint = teacher_identity(source, args, student)
+    return Subject("teacher", form, fingerprint, args.teacher_model, load)
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"adapter {adapter}: does not load onto its base model ({first_line(error)})"
+        ) from error
+
+
+def _base_of(adapter: Path) -> str:
+    config = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))
+    return config["base_model_name_or_path"]
+
+
+def _default_dtype() -> str:
+    return "bfloat16" if torch.accelerator.is_available() else "float32"
+
+
+def _known(arguments: type[T], recipe: dict) -> T:
+    """The part of a saved recipe that an arguments dataclass holds."""
+    names = {item.name for item in fields(arguments)}
+    return arguments(**{key: value for key, value in recipe.items() if key in names})
