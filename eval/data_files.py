@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medistill_trl.errors import UserError
 
-ADVICE = "make the data with: python -m data_prep.build --out"
+ADVICE = "make the data with: python -m data_prep.build --out DIR (--sample: a small one), then --data DIR"
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[dict]:
@@ -22,7 +22,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[dict]:
         for number, line in islice(enumerate(lines, start=1), limit):
             rows.append(_row(path, number, line))
     if not rows:
-        raise UserError(f"{path}: the file is empty; {ADVICE} {path.parent}")
+        raise UserError(f"{path}: the file is empty; {ADVICE}")
     return rows
 
 
@@ -30,9 +30,9 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); {ADVICE} DIR") from error
+        raise UserError(f"{path}:{number}: not JSON ({error}); {ADVICE}") from error
     if not isinstance(row, dict) or "id" not in row:
-        raise UserError(f"{path}:{number}: must be an object with an id; {ADVICE} DIR")
+        raise UserError(f"{path}:{number}: must be an object with an id; {ADVICE}")
     return row
 
 
@@ -46,9 +46,7 @@ def require(data: Path, patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         matching = sorted(data.glob(pattern))
         if not matching:
-            raise UserError(
-                f"{data / pattern}: no such file; {ADVICE} {data} (with --sample for a small one)"
-            )
+            raise UserError(f"{data / pattern}: no such file; {ADVICE}")
         found.update(matching)
     return sorted(found)
 
@@ -60,3 +58,9 @@ def digests(data: Path, files: list[Path]) -> dict[str, str]:
         with path.open("rb") as file:
             found[str(path.relative_to(data))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def benchmark_files(data: str | Path, benchmark: str) -> tuple[Path, Path]:
+    """A benchmark's file and that of its few-shot examples."""
+    folder = Path(data) / "benchmarks"
+    return folder / f"{benchmark}.jsonl", folder / "few_shot" / f"{benchmark}.jsonl"

@@ -11,6 +11,8 @@ from typing import get_args, get_origin, get_type_hints
 
 from medistill_trl.errors import UserError
 
+BENCHMARKS = ("medqa", "medmcqa", "pubmedqa", "pubhealth", "pubhealth_2class")
+
 
 def batch_size(text: str) -> int | None:
     """`auto` (None) or a number of items."""
@@ -25,6 +27,7 @@ class Options:
         "limit": {"min": 1},
         "batch_size": {"min": 1},
         "few_shot": {"min": 0, "max": 16},
+        "option_shuffles": {"min": 0},
     }
 
     limit: int | None = field(
@@ -37,8 +40,18 @@ class Options:
             "parse": batch_size,
         },
     )
+    benchmarks: list[str] | None = field(
+        default=None, metadata={"help": "Only these.", "choices": BENCHMARKS}
+    )
     few_shot: int = field(
         default=0, metadata={"help": "Solved examples before each benchmark question."}
+    )
+    option_shuffles: int = field(
+        default=1,
+        metadata={
+            "help": "Other orders of the options in which lettered questions are asked once more; each "
+            "costs as much as the benchmark."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Of every draw."})
 

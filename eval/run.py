@@ -34,7 +34,9 @@ RESULT = "comprehensive_evaluation.json"
 #   FILES      what it reads below the data folder, as glob patterns
 #   evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
 # Its result is JSON-able. `items`, if there, are per-item records; they go to results/items/<name>.jsonl.
-PARTS: dict[str, str] = {}
+PARTS = {
+    "benchmarks": "eval.benchmarks",
+}
 
 
 @dataclass(frozen=True)
