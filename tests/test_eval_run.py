@@ -1,0 +1,244 @@
+"""`python -m eval.run`, as a user types it: on a trained run and on models by name."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
+
+from eval import run as command
+from eval.item_store import ItemStore
+from eval.options import ModelOptions
+from eval.subjects import load_models, load_run
+from medistill_trl.errors import UserError
+
+BENCHMARKS = ["--tasks", "benchmarks", "--limit", "3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, teacher_folder, model_cache):
+    """One finished run of the tiny pair, looked at by several tests."""
+    folder = tmp_path_factory.mktemp("trained")
+    overlay = write_tiny_overlay(folder, teacher_folder)
+    result = launch("recipes/sft.yaml", overlay, "--max_steps", 2)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def data(sample_build):
+    return sample_build[0]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A cache of its own for results, with the models' kept."""
+    monkeypatch.setattr(ItemStore.__init__, "__defaults__", (tmp_path / "evaluations",))
+    return tmp_path / "evaluations"
+
+
+def evaluate(*arguments):
+    return command.main([str(word) for word in arguments])
+
+
+def result_of(folder):
+    return json.loads((folder / "results" / command.RESULT).read_text())
+
+
+def without_cost(content):
+    return {key: value for key, value in content.items() if key != "cost"}
+
+
+def refused(capsys, *arguments):
+    """The message of a command that is refused."""
+    assert evaluate(*arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+# --- a run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, data):
+    assert evaluate(trained, "--data", data, *BENCHMARKS) == 0
+    return result_of(trained)
+
+
+def test_the_result_says_what_was_evaluated(evaluated, trained, data):
+    assert evaluated["schema_version"] == 1
+    assert evaluated["run"] == str(trained)
+    recipe = evaluated["recipe"]
+    assert recipe["method"] == "sft"
+    teacher, student = (evaluated["subjects"][name] for name in ("teacher", "student"))
+    inputs = json.loads((trained / "inputs.json").read_text())
+    assert teacher["fingerprint"] == inputs["teacher"]
+    assert student["fingerprint"].startswith(inputs["student"] + " float32 adapter sha256:")
+    assert evaluated["options"]["limit"] == 3
+    assert len(evaluated["data"]["sha256"]["benchmarks/medqa.jsonl"]) == 64
+    for key in ("versions", "git_commit", "device", "num_threads"):
+        assert key in evaluated
+    cost = evaluated["cost"]["benchmarks"]
+    assert cost["seconds"] > 0
+    assert 0.1 < cost["peak_host_memory_gb"] < 8
+    assert cost["items_computed"] == 2 * (3 * 5 + 3 * 2)  # two models; two lettered ones twice
+    assert cost["items_from_store"] == 0
+
+
+def test_both_models_have_results_and_items(evaluated, trained):
+    medqa = evaluated["results"]["benchmarks"]["medqa"]
+    for subject in ("student", "teacher"):
+        assert medqa[subject]["accuracy"]["n"] == 3
+    lines = (trained / "results/items/benchmarks.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    assert len(items) == 2 * 5 * 3
+    right = [i["right"] for i in items if (i["benchmark"], i["subject"]) == ("medqa", "student")]
+    assert sum(right) / 3 == pytest.approx(medqa["student"]["accuracy"]["value"])
+
+
+def test_the_student_is_the_trained_one(trained):
+    pair = load_run(trained)
+    adapted = [name for name, _ in pair.student.model.named_parameters() if "lora_B" in name]
+    assert adapted
+    assert any(pair.student.model.get_parameter(name).any() for name in adapted)
+    assert not pair.student.model.training
+    assert not any(p.requires_grad for p in pair.student.model.parameters())
+    assert pair.student.model.config.num_hidden_layers == 2
+    assert pair.teacher.model.config.num_hidden_layers == 4
+    # The adapter by itself, named as a model, is the same student.
+    by_name = load_models(ModelOptions(model=str(trained / "final_model")))
+    assert by_name.student.fingerprint == pair.student.fingerprint
+
+
+def test_evaluated_again_everything_is_stored_and_the_same(evaluated, trained, data, tmp_path):
+    assert evaluate(trained, "--data", data, *BENCHMARKS, "--out", tmp_path) == 0
+    again = result_of(tmp_path)
+    assert without_cost(again) == without_cost(evaluated)
+    assert again["cost"]["benchmarks"]["items_computed"] == 0
+
+
+def test_a_teacher_whose_results_are_stored_is_not_loaded(evaluated, trained, data, caplog):
+    assert evaluate(trained, "--data", data, *BENCHMARKS) == 0
+    assert "loading the teacher" not in caplog.text
+    other = ["--tasks", "benchmarks", "--limit", "4", "--out", trained.parent / "other"]
+    assert evaluate(trained, "--data", data, *other) == 0
+    assert "loading the teacher" in caplog.text
+
+
+def test_a_run_that_is_not_finished_is_refused_unless_asked_for(trained, data, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "COMPLETE").unlink()
+    assert "--allow_partial" in refused(capsys, run, "--data", data, *BENCHMARKS)
+    assert load_run(run, allow_partial=True).student.fingerprint
+    shutil.rmtree(run / "final_model")
+    with pytest.raises(UserError, match="no model in"):
+        load_run(run, allow_partial=True)
+
+
+def test_a_base_model_that_changed_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    inputs = json.loads((run / "inputs.json").read_text())
+    (run / "inputs.json").write_text(json.dumps(inputs | {"student": "sha256:other"}))
+    with pytest.raises(UserError, match="as sha256:other, and that model is sha256:"):
+        load_run(run)
+
+
+# --- models by name --------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_run_and_without_a_teacher(teacher_folder, data, tmp_path, store):
+    words = ["--model", teacher_folder, "--out", tmp_path, "--keep_layers", "0", "3"]
+    assert evaluate(*words, "--data", data, *BENCHMARKS, "--benchmarks", "pubmedqa") == 0
+    content = result_of(tmp_path)
+    assert content["run"] is None
+    assert list(content["subjects"]) == ["student"]
+    benchmarks = content["results"]["benchmarks"]
+    assert "teacher" not in benchmarks["pubmedqa"]
+    assert "medqa" not in benchmarks
+    assert store.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "name either a run directory or a --model"),
+        (["outputs/x", "--model", "y"], "name either a run directory or a --model"),
+        (["outputs/x", "--dtype", "float32"], "--dtype is not for a run"),
+        (["--model", "x", "--limit", "0"], "--limit: must be at least 1, got 0"),
+        (["--model", "x", "--limit", "many"], "--limit: invalid int value"),
+        (["--model", "x", "--batch_size", "big"], "--batch_size: invalid"),
+        (["--model", "x", "--tasks", "benchmrks"], "invalid choice: 'benchmrks'"),
+        (["--model", "x", "--lmit", "3"], "unrecognized arguments: --lmit"),
+        (["--model", "x", "--data", "nowhere"], "python -m data_prep.build --out"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said(capsys, words, expected):
+    assert expected in refused(capsys, *words)
+
+
+def test_what_is_wrong_with_a_model_is_said(capsys, data, trained, tmp_path):
+    place = ["--data", data, *BENCHMARKS]
+    assert "no run is here" in refused(capsys, tmp_path, *place)
+    assert "no such folder" in refused(capsys, "--model", tmp_path / "x", *place)
+    assert "a run is here" in refused(capsys, "--model", trained, *place)
+
+
+def test_the_command_lists_its_options():
+    result = run_command(sys.executable, "-m", "eval.run", "--help")
+    assert result.returncode == 0
+    for shown in (
+        "--few_shot",
+        "--option_shuffles",
+        "--allow_partial",
+        "python -m eval.run outputs/RUN",
+    ):
+        assert shown in result.stdout
+
+
+# --- interrupted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_and_evaluated_again_gives_the_same_result(data, tmp_path):
+    folder = save_pair(tmp_path / "model")
+    words = ["--model", folder, "--data", data, "--tasks", "benchmarks", "--option_shuffles", 0]
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eval.run", *map(str, words), "--out", str(tmp_path / "killed")],
+        cwd=ROOT,
+        env=os.environ | {"MEDISTILL_CACHE": str(cache)},
+        stderr=subprocess.DEVNULL,
+    )
+    kill_after_lines(process, cache / "evaluations", 20)
+    assert not (tmp_path / "killed/results").exists()
+    (stored,) = (cache / "evaluations").glob("*.jsonl")
+    before = len(stored.read_text().splitlines()) - 1
+    for out, place in (("killed", cache), ("straight", tmp_path / "fresh")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MEDISTILL_CACHE", str(place))
+            assert evaluate(*words, "--out", tmp_path / out) == 0
+    killed, straight = result_of(tmp_path / "killed"), result_of(tmp_path / "straight")
+    assert without_cost(killed) == without_cost(straight)
+    cost = killed["cost"]["benchmarks"]
+    assert cost["items_from_store"] == before > 0
+    assert cost["items_computed"] > 0
+    items = [tmp_path / out / "results/items/benchmarks.jsonl" for out in ("killed", "straight")]
+    assert items[0].read_bytes() == items[1].read_bytes()
+
+
+def kill_after_lines(process, folder, lines):
+    """SIGKILL as soon as so many results are on disk."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        files = list(folder.glob("*.jsonl"))
+        if files and len(files[0].read_bytes().splitlines()) > lines:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait(10) == -signal.SIGKILL, "it ended before it could be killed"
