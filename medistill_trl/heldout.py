@@ -71,6 +71,19 @@ def compare_logits(
     return sums
 
 
+def comparable_ids(completion: Completion, shared: int) -> list[int]:
+    """The leading tokens of a completion on which two models can be compared.
+
+    An end token counts only if the writer itself chose it, and the first token that one of the models lacks
+    ends the comparison.
+
+    Args:
+        shared: Size of the shared vocabulary.
+    """
+    ends = [] if completion.end_id is None else [completion.end_id]
+    return list(takewhile(lambda token: token < shared, completion.token_ids + ends))
+
+
 @dataclass
 class HeldoutCheck:
     """The check for one pair of models.
@@ -161,10 +174,7 @@ class HeldoutCheck:
             ce = F.cross_entropy(logits, target, reduction="sum").item()
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
-        # An end token counts only if the teacher itself chose it.
-        ends = [] if completion.end_id is None else [completion.end_id]
-        # A token only the teacher has ends the comparable part.
-        ids = list(takewhile(lambda token: token < self.shared, completion.token_ids + ends))
+        ids = comparable_ids(completion, self.shared)
         if not ids:
             return Sums()
         teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))

@@ -210,6 +210,34 @@ def completion_logits(
     return logits[0]
 
 
+def predicting_states(
+    model: PreTrainedModel, examples: Sequence[dict[str, list[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last hidden states that predict the examples' completion tokens, in one right-padded forward.
+
+    Args:
+        model: A causal language model, not wrapped by DDP, in the mode it is wanted in.
+        examples: `input_ids` and `labels` as `encode_example` gives them.
+
+    Returns:
+        States (N, H) and tokens (N,), those of one example after those of another; each has `num_targets`.
+    """
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    labels = [torch.tensor(example["labels"]) for example in examples]
+    # What stands in the padding is masked and on the right: any token will do.
+    hidden_BTH = model.get_decoder()(
+        input_ids=pad_sequence(ids, True).to(model.device),
+        attention_mask=pad_sequence([torch.ones_like(row) for row in ids], True).to(model.device),
+        use_cache=False,
+    ).last_hidden_state
+    return completion_states(hidden_BTH, pad_sequence(labels, True, IGNORED).to(model.device))
+
+
+def num_targets(example: dict[str, list[int]]) -> int:
+    """Tokens of an example that are predicted: the first of a sequence never is."""
+    return sum(label != IGNORED for label in example["labels"][1:])
+
+
 @torch.no_grad()
 def completion_log_probs(
     model: PreTrainedModel,
@@ -234,25 +262,16 @@ def completion_log_probs(
     """
     was_training = model.training
     model.eval()
-    head, device = OutputHead.of(model), model.device
+    head = OutputHead.of(model)
     log_probs = []
     size = batch_size or max(1, len(examples))
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
-        ids = [torch.tensor(example["input_ids"]) for example in part]
-        labels = [torch.tensor(example["labels"]) for example in part]
-        # What stands in the padding is masked and on the right: any token will do.
-        hidden_BTH = model.get_decoder()(
-            input_ids=pad_sequence(ids, True).to(device),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], True).to(device),
-            use_cache=False,
-        ).last_hidden_state
-        labels_BT = pad_sequence(labels, True, IGNORED).to(device)
-        states_NH, tokens_N = completion_states(hidden_BTH, labels_BT)
+        states_NH, tokens_N = predicting_states(model, part)
         found_N = token_log_probs(
             states_NH, tokens_N, head, vocab_size=vocab_size, chunk_size=chunk_size
         )
-        log_probs += found_N.split([int((row != IGNORED).sum()) for row in labels])
+        log_probs += found_N.split([num_targets(example) for example in part])
     model.train(was_training)
     return log_probs
 
