@@ -1,0 +1,36 @@
+"""Corpus BLEU by sacreBLEU (Post 2018, arXiv 1804.08771), with its signature."""
+
+import json
+
+import evaluate
+from sacrebleu.metrics import BLEU
+
+from eval.metrics.text_pairs import text_metric
+
+RESAMPLES = 1000
+
+
+class Bleu(evaluate.Metric):
+    """`bleu` from 0 to 100, its 95 % interval `bleu_low`, `bleu_high`, and `bleu_signature`.
+
+    BLEU is not a mean over examples, so there are no values of the examples; the interval is sacreBLEU's
+    bootstrap over them. Texts of fewer than four words have no 4-grams, so a corpus of such has BLEU 0.
+    """
+
+    def _info(self):
+        return text_metric("Corpus BLEU by sacreBLEU.", "Post 2018, arXiv 1804.08771")
+
+    def _compute(self, predictions, references, per_example=False):
+        metric = BLEU()
+        score = metric.corpus_score(predictions, [references], n_bootstrap=RESAMPLES)
+        signature = str(metric.get_signature())
+        # The bootstrap's outcome is public only in this form.
+        bootstrap = json.loads(score.format(width=6, signature=signature, is_json=True))
+        mean = bootstrap.get("confidence_mean", score.score)
+        half_width = bootstrap.get("confidence_var", 0.0)
+        return {
+            "bleu": score.score,
+            "bleu_low": mean - half_width,
+            "bleu_high": mean + half_width,
+            "bleu_signature": signature,
+        }
