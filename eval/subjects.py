@@ -23,6 +23,7 @@ from medistill_trl import models
 from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.errors import UserError, first_line
 from medistill_trl.inputs import student_identity, teacher_identity
+from medistill_trl.losses.heads import OutputHead
 from medistill_trl.model_source import ModelSource, folder_digest, resolve
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.run_directory import RunDirectory
@@ -45,6 +46,7 @@ class Subject:
             completion store has. What the prompt format adds (a system prompt) is not in it.
         source: Where it comes from, for a reader: a hub id, a folder.
         load: Makes the model.
+        context_length: Tokens it can attend to; None for an architecture without such a limit.
     """
 
     name: str
@@ -52,12 +54,19 @@ class Subject:
     fingerprint: str
     source: str
     load: Callable[[], PreTrainedModel]
+    context_length: int | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """In evaluation mode, no parameter requires a gradient; loaded at the first use."""
+        """In evaluation mode, no parameter requires a gradient; loaded at the first use.
+
+        Raises:
+            ValueError: logits made from its hidden states would not be its own.
+        """
         logger.info("loading the %s, %s", self.name, self.source)
-        return self.load().requires_grad_(False).eval()
+        model = self.load().requires_grad_(False).eval()
+        OutputHead.of(model).check(model)  # perplexity and fidelity go by way of it
+        return model
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ def _student(
     fingerprint = student_identity(base, args)
     if adapter is not None:
         fingerprint += f" adapter {folder_digest(adapter)}"
-    return Subject("student", form, fingerprint, source, load)
+    return Subject("student", form, fingerprint, source, load, _context_length(base))
 
 
 def _teacher(
@@ -205,7 +214,11 @@ def _teacher(
         return models.load_teacher(source, form.tokenizer, args, student, device, trust_remote_code)
 
     fingerprint = teacher_identity(source, args, student)
-    return Subject("teacher", form, fingerprint, args.teacher_model, load)
+    return Subject("teacher", form, fingerprint, args.teacher_model, load, _context_length(source))
+
+
+def _context_length(source: ModelSource) -> int | None:
+    return source.config.to_dict().get("max_position_embeddings")
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
