@@ -28,6 +28,11 @@ class Options:
         "batch_size": {"min": 1},
         "few_shot": {"min": 0, "max": 16},
         "option_shuffles": {"min": 0},
+        "window": {"min": 2},
+        "stride": {"min": 1},
+        "fidelity_questions": {"min": 1},
+        "max_new_tokens": {"min": 1},
+        "prefix_temperature": {"min": 0},
     }
 
     limit: int | None = field(
@@ -54,6 +59,41 @@ class Options:
         },
     )
     seed: int = field(default=42, metadata={"help": "Of every draw."})
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens read at once for perplexity; by default what both models attend to, up to 2048."
+        },
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens from one such window to the next; by default half a window. Fewer give each "
+            "token more context and cost more."
+        },
+    )
+    fidelity_questions: int = field(
+        default=512,
+        metadata={"help": "Held-out questions on whose answers teacher and student are compared."},
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer drawn from either model for fidelity; by default what the run's teacher "
+            "wrote for training, 128 without a run."
+        },
+    )
+    prefix_temperature: float = field(
+        default=0.0,
+        metadata={"help": "Sampling temperature of the answers used as prefixes; 0 is greedy."},
+    )
+    encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sentence encoder for semantic similarity, a hub id or folder; by default "
+            "all-MiniLM-L6-v2."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, limits in self.LIMITS.items():

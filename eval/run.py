@@ -36,6 +36,7 @@ RESULT = "comprehensive_evaluation.json"
 # Its result is JSON-able. `items`, if there, are per-item records; they go to results/items/<name>.jsonl.
 PARTS = {
     "benchmarks": "eval.benchmarks",
+    "perplexity": "eval.perplexity",
 }
 
 
