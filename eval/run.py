@@ -37,6 +37,7 @@ RESULT = "comprehensive_evaluation.json"
 PARTS = {
     "benchmarks": "eval.benchmarks",
     "perplexity": "eval.perplexity",
+    "fidelity": "eval.fidelity",
 }
 
 
