@@ -5,7 +5,6 @@ Pure functions first, then `measure_student`, which applies them to models.
 Shapes: C completion tokens, V vocabulary.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from medistill_trl.losses.divergences import Distribution, jsd, kl
+from eval.metrics.rouge import rouge
+from eval.token_agreement import token_terms
+from medistill_trl.losses.divergences import Distribution
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.teacher import Sampling, complete, completion_logits
 
 TOP_K = 5
+# What the tables call it → what the evaluation suite does.
+TERMS = {
+    "ce": "student_nats",
+    "kl": "kl_teacher_student_nats",
+    "js": "js_nats",
+    "top_k": f"overlap_at_{TOP_K}",
+    "top_1": "overlap_at_1",
+}
 ROWS_PER_CHUNK = 256  # float32 copies of the logits are made for this many tokens at a time
 
 
@@ -43,51 +52,14 @@ def token_sums(
         rows = slice(start, start + ROWS_PER_CHUNK)
         student = Distribution.of(student_logits[rows].float())
         teacher = Distribution.of(teacher_logits[rows].float())
-        terms = {
-            "tokens": torch.ones(len(student.probs)),
-            "ce": -student.log_probs.gather(1, target_ids[rows, None]),
-            "kl": kl(teacher, student),
-            "js": jsd(student, teacher, beta=0.5)[0],
-            "top_k": top_k_overlap(student.probs, teacher.probs, TOP_K),
-            "top_1": top_k_overlap(student.probs, teacher.probs, 1),
-        }
-        sums.update({name: term.sum().item() for name, term in terms.items()})
+        terms = token_terms(student, teacher, target_ids[rows])
+        sums["tokens"] += len(student.probs)
+        # Adding counters would drop sums that are not positive.
+        sums.update({name: terms[term].sum().item() for name, term in TERMS.items()})
     return sums
 
 
-def top_k_overlap(student_probs: torch.Tensor, teacher_probs: torch.Tensor, k: int) -> torch.Tensor:
-    """|top-k of the student ∩ top-k of the teacher| / k for each row, (C,)."""
-    student_top, teacher_top = (p.topk(k).indices for p in (student_probs, teacher_probs))
-    same = student_top[:, :, None] == teacher_top[:, None, :]
-    return same.sum((1, 2)) / k
-
-
 # --- text
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 of Lin (2004): from the longest common subsequence of words.
-
-    Words are what the `rouge_score` package takes for words (lower case letters and digits, no stemming),
-    so that the numbers are the same.
-    """
-    words = [re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference)]
-    common = longest_common_subsequence(*words)
-    return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0
-
-
-def longest_common_subsequence(first: list[str], second: list[str]) -> int:
-    """Its length; one row of the usual table at a time."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        above = row
-        row = [0]
-        for column, other in enumerate(second, start=1):
-            if word == other:
-                row.append(above[column - 1] + 1)
-            else:
-                row.append(max(above[column], row[-1]))
-    return row[-1]
 
 
 def token_match(answer_ids: list[int], reference_ids: list[int]) -> float:
@@ -166,7 +138,7 @@ def measure_text(
     own_ids = [w.token_ids + ([] if w.end_id is None else [w.end_id]) for w in written]
     pairs = list(zip(written, own_ids, heldout, strict=True))
     scores = {
-        "rouge_l": [rouge_l(own.text, answer.text) for own, _, answer in pairs],
+        "rouge_l": [rouge(own.text, answer.text)["rouge_l"] for own, _, answer in pairs],
         "token_match": [token_match(ids, answer.token_ids) for _, ids, answer in pairs],
         "exact_match": [float(ids == answer.token_ids) for _, ids, answer in pairs],
     }
