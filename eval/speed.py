@@ -1,0 +1,112 @@
+"""Speed and memory of both models: what a smaller student buys.
+
+Greedy generation of a batch of answers that all have the same length, prompt included in the time: each
+model after its own prompts, with its key-value cache, as answers are drawn everywhere here.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from eval.batching import BatchSize
+from eval.cost import Cost
+from eval.footprint import footprint
+from eval.item_store import ItemStore
+from eval.options import Options
+from eval.prefixes import FILE, read_questions
+from eval.subjects import Pair, Subject
+
+FILES = [FILE]
+NEW_TOKENS = 32  # of each answer
+REPETITIONS = 3
+
+
+def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
+    """See `docs/evaluation.md` for the result's keys."""
+    questions = [prompt.question for prompt in read_questions(pair, data, options).prompts]
+    result: dict = {"new_tokens": NEW_TOKENS, "repetitions": REPETITIONS}
+    for subject in pair.subjects:
+        result[subject.name] = measure(subject, questions, options.batch_size, store)
+    if pair.teacher is not None:
+        student, teacher = result["student"], result["teacher"]
+        result["student_to_teacher"] = {
+            name: student[name] / teacher[name]
+            for name in ("parameters", "weights_gb", "tokens_per_second")
+        }
+    return result
+
+
+def measure(
+    subject: Subject, questions: list[str], batch_size: int | None, store: ItemStore
+) -> dict:
+    """One model, alone at work; what it generates is thrown away.
+
+    Returns:
+        `parameters`, `weights_gb`, `batch_size`, `tokens_per_second` (new tokens of the whole batch over
+        the median of the repetitions), `prompt_tokens` (of the longest prompt), `generation_gb` (the most
+        that generating added to what was held before it) and `peak_memory_gb` (weights and that).
+    """
+    size = footprint(subject, store)
+
+    def timed(size: int) -> tuple[int, int, float, float]:
+        batch = encode(subject, [questions[i % len(questions)] for i in range(size)])
+        generate(subject, batch, 2)  # the first call allocates and compiles what the others use
+        added = memory_added(lambda: generate(subject, batch, NEW_TOKENS))
+        seconds = [generate(subject, batch, NEW_TOKENS) for _ in range(REPETITIONS)]
+        return size, batch["input_ids"].shape[1], statistics.median(seconds), added
+
+    batches = BatchSize.of(batch_size, PartialState().device)
+    size_used, prompt_tokens, seconds, added = batches.attempt(timed)
+    return {
+        **size,
+        "batch_size": size_used,
+        "prompt_tokens": prompt_tokens,
+        "tokens_per_second": size_used * NEW_TOKENS / seconds,
+        "generation_gb": added,
+        "peak_memory_gb": size["weights_gb"] + added,
+    }
+
+
+def encode(subject: Subject, questions: list[str]) -> dict[str, torch.Tensor]:
+    """The prompts, padded on the left."""
+    prompts = [subject.form.encode(subject.form.render(question)) for question in questions]
+    padded = subject.form.tokenizer.pad(
+        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+    )
+    return padded.to(subject.model.device)
+
+
+def generate(subject: Subject, batch: dict[str, torch.Tensor], new_tokens: int) -> float:
+    """Seconds that greedy answers of exactly this length take."""
+    synchronise()
+    start = time.perf_counter()
+    subject.model.generate(
+        **batch,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+    )
+    synchronise()
+    return time.perf_counter() - start
+
+
+def synchronise() -> None:
+    """Wait for what was sent to the accelerator; a CPU is done when a call returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_added(work: Callable[[], object]) -> float:
+    """GB (10⁹ bytes) that some work holds at most beyond what was held before it."""
+    on_device = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_device else psutil.Process().memory_info().rss
+    with Cost() as cost:
+        work()
+    peak = torch.cuda.max_memory_allocated() if on_device else cost.peak_host_memory_gb * 1e9
+    return max(0.0, (peak - before) / 1e9)
