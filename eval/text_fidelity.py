@@ -7,7 +7,7 @@ import evaluate
 from accelerate import PartialState
 
 from eval.metrics import Bleu, ExactMatch, Rouge, SemanticSimilarity
-from eval.metrics.semantic_similarity import default_encoder, load_encoder
+from eval.metrics.semantic_similarity import HUB_ID, load_encoder
 from eval.statistics import ratio_interval, wilson
 from medistill_trl.errors import UserError
 from medistill_trl.teacher import Completion
@@ -60,7 +60,7 @@ def compare_texts(
         if name in columns:
             summary[name] = ratio_interval(columns[name], [1] * len(ids)).to_dict()
     if not similarity:
-        summary["semantic_similarity"]["encoder"] = Path(encoder or default_encoder()).name
+        summary["semantic_similarity"]["encoder"] = encoder or HUB_ID
     return summary, _records(ids, texts, columns)
 
 
