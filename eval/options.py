@@ -94,6 +94,14 @@ class Options:
             "all-MiniLM-L6-v2."
         },
     )
+    teacher_quantisation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure what this quantisation costs the teacher; it is then loaded twice, in full "
+            "precision and quantised.",
+            "choices": ["nf4", "int8"],
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, limits in self.LIMITS.items():

@@ -39,6 +39,7 @@ PARTS = {
     "perplexity": "eval.perplexity",
     "fidelity": "eval.fidelity",
     "speed": "eval.speed",
+    "quantisation": "eval.quantisation",
 }
 
 

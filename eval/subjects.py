@@ -47,6 +47,8 @@ class Subject:
         source: Where it comes from, for a reader: a hub id, a folder.
         load: Makes the model.
         context_length: Tokens it can attend to; None for an architecture without such a limit.
+        quantisation: Of its weights, `nf4`, `fp4` or `int8`; None for full precision.
+        requantise: Makes the same model in full precision (None), `nf4` or `int8`; a teacher's only.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Subject:
     source: str
     load: Callable[[], PreTrainedModel]
     context_length: int | None = None
+    quantisation: str | None = None
+    requantise: Callable[[str | None], "Subject"] | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -213,8 +217,24 @@ def _teacher(
         device = PartialState().device
         return models.load_teacher(source, form.tokenizer, args, student, device, trust_remote_code)
 
-    fingerprint = teacher_identity(source, args, student)
-    return Subject("teacher", form, fingerprint, args.teacher_model, load, _context_length(source))
+    def requantise(kind: str | None) -> Subject:
+        other = replace(
+            args, teacher_load_in_4bit=kind == "nf4", teacher_load_in_8bit=kind == "int8"
+        )
+        nf4 = replace(student, bnb_4bit_quant_type="nf4")  # the recipe's could be fp4
+        return _teacher(other, nf4, system_prompt, trust_remote_code)
+
+    eight_bit = "int8" if args.teacher_load_in_8bit else None
+    return Subject(
+        "teacher",
+        form,
+        teacher_identity(source, args, student),
+        args.teacher_model,
+        load,
+        _context_length(source),
+        student.bnb_4bit_quant_type if args.teacher_load_in_4bit else eight_bit,
+        requantise,
+    )
 
 
 def _context_length(source: ModelSource) -> int | None:
