@@ -42,15 +42,15 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     if pair.teacher is None:
         return {"skipped": "there is no teacher; name one with --teacher"}
     compared = copies(pair, options.teacher_quantisation)
-    scores, items = benchmark_costs(compared, data, options, store)
-    return {
+    result = {
         "quantisation": options.teacher_quantisation,
+        # Before the models are used: on some CPUs bitsandbytes repacks 4-bit weights at the first forward.
         "full": _describe(compared.teacher, store),
         "quantised": _describe(compared.student, store),
         "prefixes": prefix_costs(compared, data, options, store),
-        "benchmarks": scores,
-        "items": items,
     }
+    scores, items = benchmark_costs(compared, data, options, store)
+    return {**result, "benchmarks": scores, "items": items}
 
 
 def copies(pair: Pair, kind: str) -> Pair:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_model
+from peft import LoraConfig, get_peft_model
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from tiny_subjects import (
@@ -303,6 +304,22 @@ def test_models_with_prompts_of_their_own(measure, measured):
         before["teacher_nats"]["value"], rel=1e-5
     )
     assert found["micro"]["student_nats"]["value"] != before["student_nats"]["value"]
+
+
+def test_an_adapter_is_the_merged_model(measure, measured):
+    tokenizer = measured[0].student.form.tokenizer
+    config = LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = get_peft_model(make_model(len(tokenizer), 2, seed=5), config)
+    student = tiny_subject("student", tokenizer, adapted, "adapted")
+    found = measure(replace(measured[0], student=student))["prefixes"]["gold"]["micro"]
+    before = measured[1]["prefixes"]["gold"]["micro"]
+    merged = tiny_subject("student", tokenizer, adapted.merge_and_unload(), "merged")
+    same = measure(replace(measured[0], student=merged))["prefixes"]["gold"]["micro"]
+    for name in ("kl_teacher_student_nats", "js_nats", "student_nats"):
+        assert found[name]["value"] == pytest.approx(same[name]["value"], rel=1e-4)
+        assert found[name]["value"] != pytest.approx(before[name]["value"], rel=1e-3)
 
 
 # --- the suite's habits

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, make_model
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from tiny_subjects import CONTEXT, tiny_pair, tiny_subject, tiny_tokenizer, write_rows
 
 from eval import perplexity
@@ -113,6 +115,17 @@ def test_it_is_the_plain_formula_document_by_document(measure, window, stride):
     gap = result["student_minus_teacher"]["bits_per_byte"]["value"]
     values = [result[name]["bits_per_byte"]["value"] for name in ("student", "teacher")]
     assert gap == pytest.approx(values[0] - values[1], rel=1e-6)
+
+
+def test_it_is_lm_evals_rolling_likelihood(measure):
+    pair = tiny_pair()
+    records = [row for row in measure(pair)["items"] if row["subject"] == "student"]
+    theirs = HFLM(
+        pretrained=pair.student.model, tokenizer=pair.student.form.tokenizer, batch_size=1
+    )
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
+    nats = [-value for value in theirs.loglikelihood_rolling(requests, disable_tqdm=True)]
+    assert [row["nats"] for row in records] == pytest.approx(nats, rel=1e-5)
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(measure):

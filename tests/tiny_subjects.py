@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model
+from tiny_setting import make_form
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.subjects import Pair, Subject
-from medistill_trl.models import _set_generation
+from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
 
 CONTEXT = 512  # of `make_model`
@@ -17,16 +18,14 @@ CONTEXT = 512  # of `make_model`
 
 def tiny_tokenizer(**settings) -> PreTrainedTokenizerBase:
     """As `load_tokenizer` leaves it: pad is not EOS."""
-    tokenizer = make_tokenizer(**settings)
-    tokenizer.pad_token = "<|endoftext|>"
-    return tokenizer
+    return make_form(**settings).tokenizer
 
 
 def tiny_subject(
     name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, fingerprint: str
 ) -> Subject:
     """A subject around a model in memory."""
-    _set_generation(model, tokenizer)
+    set_generation(model, tokenizer)
     return Subject(name, PromptFormat(tokenizer), fingerprint, fingerprint, lambda: model, CONTEXT)
 
 
