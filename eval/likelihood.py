@@ -77,7 +77,6 @@ class SubjectLM(HFLM):
         super().__init__(pretrained=subject.model, tokenizer=subject.form.tokenizer)
         self._sequences = batch_size
         self._head = OutputHead.of(subject.model)
-        self._head.check(subject.model)
         self.cut_tokens: dict[str, int] = {}  # of a prompt, by truncation from the left
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[Likelihood]:
