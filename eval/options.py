@@ -33,6 +33,7 @@ class Options:
         "fidelity_questions": {"min": 1},
         "max_new_tokens": {"min": 1},
         "prefix_temperature": {"min": 0},
+        "answer_tokens": {"min": 1},
     }
 
     limit: int | None = field(
@@ -101,6 +102,17 @@ class Options:
             "precision and quantised.",
             "choices": ["nf4", "int8"],
         },
+    )
+
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-encoder for natural language inference that judges claims (faithfulness): a hub id or "
+            "a folder. Without it the answers are drawn and not judged."
+        },
+    )
+    answer_tokens: int = field(
+        default=128, metadata={"help": "Longest answer with evidence (faithfulness), in tokens."}
     )
 
     def __post_init__(self) -> None:

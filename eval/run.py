@@ -38,6 +38,7 @@ PARTS = {
     "benchmarks": "eval.benchmarks",
     "perplexity": "eval.perplexity",
     "fidelity": "eval.fidelity",
+    "faithfulness": "eval.faithfulness",
     "speed": "eval.speed",
     "quantisation": "eval.quantisation",
 }
