@@ -34,6 +34,7 @@ class Options:
         "max_new_tokens": {"min": 1},
         "prefix_temperature": {"min": 0},
         "answer_tokens": {"min": 1},
+        "generative_tokens": {"min": 1},
     }
 
     limit: int | None = field(
@@ -113,6 +114,14 @@ class Options:
     )
     answer_tokens: int = field(
         default=128, metadata={"help": "Longest answer with evidence (faithfulness), in tokens."}
+    )
+
+    generative_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest written answer to a benchmark question (generative), in tokens; by default what the "
+            "recipe allows a rationale, 32 where the run has none."
+        },
     )
 
     def __post_init__(self) -> None:

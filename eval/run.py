@@ -36,6 +36,8 @@ RESULT = "comprehensive_evaluation.json"
 # Its result is JSON-able. `items`, if there, are per-item records; they go to results/items/<name>.jsonl.
 PARTS = {
     "benchmarks": "eval.benchmarks",
+    "generative": "eval.generative",
+    "retention": "eval.retention",
     "perplexity": "eval.perplexity",
     "fidelity": "eval.fidelity",
     "faithfulness": "eval.faithfulness",

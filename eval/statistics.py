@@ -322,11 +322,19 @@ def brier(probabilities: Sequence[Sequence[float]], answers: Sequence[int]) -> f
 
 
 def macro_f1(predicted: Sequence[Hashable], answers: Sequence[Hashable]) -> float | None:
-    """F1 averaged over the labels that are predicted or right somewhere; None without items."""
+    """F1 averaged over the labels that are predicted or right somewhere; None without items.
+
+    A prediction of None is none: wrong, and no label of its own.
+    """
     if not len(answers):
         return None
-    codes = _codes(predicted, answers)
-    return float(metrics.f1_score(codes[1], codes[0], average="macro", zero_division=0))
+    given, right, labels = _codes(
+        predicted, answers, [x for x in (*predicted, *answers) if x is not None]
+    )
+    scores = metrics.f1_score(
+        right, given, labels=sorted(set(labels)), average=None, zero_division=0
+    )
+    return float(scores.mean())
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:

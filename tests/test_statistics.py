@@ -205,8 +205,8 @@ def test_brier():
 def test_labels():
     answers = ["yes", "yes", "no", "maybe"]
     predicted = ["yes", "no", "no", None]
-    # F1: yes 2/3, no 2/3, maybe 0, None 0.
-    assert st.macro_f1(predicted, answers) == pytest.approx((2 / 3 + 2 / 3) / 4)
+    # F1: yes 2/3, no 2/3, maybe 0; None is no label.
+    assert st.macro_f1(predicted, answers) == pytest.approx((2 / 3 + 2 / 3) / 3)
     assert st.macro_f1([], []) is None
     assert st.balanced_accuracy(predicted, answers) == pytest.approx((0.5 + 1 + 0) / 3)
     assert st.balanced_accuracy(["yes"], ["yes"]) is None

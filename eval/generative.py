@@ -1,0 +1,221 @@
+"""The benchmarks by generated answers: the second protocol, made for students that reason before they answer.
+
+Both models are asked alike, each in its own prompt format, and answer greedily. Students of a chain-of-thought
+run, and their teacher, get the run's instruction and separator; others are told to give only the answer. What is
+given is then looked for in the text. In doubt nothing is found: such an answer counts as wrong, and how many there
+are is a rate of its own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.utils import hash_string
+
+from eval.answers import draw_answers
+from eval.benchmarks import describe
+from eval.fitting import fit
+from eval.item_store import ItemStore
+from eval.options import Options
+from eval.questions import Benchmark, load_benchmarks
+from eval.statistics import macro_f1, wilson
+from eval.subjects import Pair, Subject
+from medistill_trl.answer_matching import LABELS, matches
+from medistill_trl.rationales import RationaleFormat
+from medistill_trl.teacher import Completion, Sampling
+
+FILES = ["benchmarks/*.jsonl", "benchmarks/few_shot/*.jsonl"]
+PLAIN_TOKENS = 32
+LETTERS = "ABCDEFGHIJ"
+QUESTIONS = {  # the rest is asked as it stands
+    "pubmedqa": "Abstract: {context}\n\nQuestion: {question}",
+    "pubhealth": "Claim: {question}\n\nIs the claim true, false, a mixture of both, or unproven?",
+    "pubhealth_2class": "Claim: {question}\n\nIs the claim true or false?",
+}
+ONLY = "Give only the answer."
+# Where a text says what its answer is; the piece goes to the end of the sentence.
+STATED = re.compile(
+    r"\b(?:answer|option|choice)\b[^.:\n]{0,20}?(?:\bis\b|:)[\s*_]*([^\n]+?)(?=[.!?](?:\s|$)|\n|$)",
+    re.I,
+)
+# What may follow an answer in its sentence: its reason, or that it is right.
+AFTER = re.compile(r"\s+(?:because|since|as|due to|is (?:the )?(?:correct|right|best))\b.*", re.S)
+
+
+def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
+    """Every benchmark that is there, for both models; see `docs/evaluation.md` for the result's keys."""
+    benchmarks, skipped = load_benchmarks(data, options)
+    protocol = Protocol.of(pair.recipe, options)
+    result: dict = {
+        "protocol": "reasoning, then the answer" if protocol.reasoning else "the answer alone",
+        "answer_tokens": protocol.max_new_tokens,
+    }
+    result |= {name: describe(benchmark) for name, benchmark in benchmarks.items()}
+    items = []
+    for subject in pair.subjects:
+        for name, benchmark in benchmarks.items():
+            found = answer(subject, benchmark, protocol, options, store)
+            result[name][subject.name] = score(benchmark, found)
+            items += found
+    if skipped:
+        result["skipped"] = skipped
+    return result | {"items": items}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How answers are asked for and found.
+
+    Args:
+        reasoning: The form of a rationale with its answer; None to ask for the answer alone.
+        max_new_tokens: Longest answer.
+    """
+
+    reasoning: RationaleFormat | None
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, recipe: dict | None, options: Options) -> "Protocol":
+        """That of the run: a recipe that says how rationales are written is a chain-of-thought run's."""
+        recipe = recipe or {}
+        reasoning, tokens = None, PLAIN_TOKENS
+        if "rationale_separator" in recipe:
+            tokens = recipe["rationale_max_new_tokens"]
+            reasoning = RationaleFormat(
+                recipe["rationale_separator"],
+                recipe["end_marker"],
+                recipe["rationale_instruction"],
+            )
+        return cls(reasoning, options.generative_tokens or tokens)
+
+    def ask(self, benchmark: str, row: dict, passages: Sequence[str]) -> str:
+        """The question as a user would put it."""
+        template = QUESTIONS.get(benchmark, "{question}")
+        question = template.format(question=row["question"], context="".join(passages))
+        if is_lettered(row["options"]):
+            listed = zip(LETTERS, row["options"], strict=False)
+            question += "\n\n" + "\n".join(f"{letter}. {text}" for letter, text in listed)
+            question += "\n\nChoose the right option; its letter is the answer."
+        else:
+            question += f"\n\nChoose one: {', '.join(row['options'])}."
+        return f"{question} {ONLY}" if self.reasoning is None else self.reasoning.ask(question)
+
+    def find(self, text: str, options: Sequence[str]) -> int | None:
+        """The option a text gives as its answer; None if there is none or more than one."""
+        if self.reasoning is None:
+            return stated_option(text, options)
+        parsed = self.reasoning.parse(text)
+        if parsed.answer is None or parsed.answers_differ:
+            return None
+        return named_option(parsed.answer, options)
+
+
+# --- finding the answer ----------------------------------------------------------------------------
+
+
+def is_lettered(options: Sequence[str]) -> bool:
+    """Whether options are told apart by letters, or are labels themselves: yes, no, maybe; true, false."""
+    return not any(set(options) <= set(family) for family in LABELS.values())
+
+
+def named_option(answer: str, options: Sequence[str]) -> int | None:
+    """The option that a short answer names, by its letter, label or text.
+
+    Returns:
+        Its index; None if it names none, or more than one.
+    """
+    references = options
+    if is_lettered(options):
+        references = [f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    found = [n for n, reference in enumerate(references) if matches(answer, reference)]
+    return found[0] if len(found) == 1 else None
+
+
+def stated_option(text: str, options: Sequence[str]) -> int | None:
+    """The option a free text gives: where it says "the answer is", else in its first or its last line."""
+    echo = ", ".join(options)  # of the question, which chooses nothing
+    lines = [line for line in text.splitlines() if line.strip() and echo not in line]
+    stated = [named_option(_bare(piece), options) for piece in STATED.findall(text)]
+    stated = [option for option in stated if option is not None]
+    if stated:
+        return stated[0] if len(set(stated)) == 1 else None
+    for line in lines[:1] + lines[-1:]:
+        option = named_option(_bare(line), options)
+        if option is not None:
+            return option
+    return None
+
+
+def _bare(piece: str) -> str:
+    """An answer without what follows it in the same sentence."""
+    return AFTER.sub("", piece)
+
+
+# --- one model -------------------------------------------------------------------------------------
+
+
+def answer(
+    subject: Subject, benchmark: Benchmark, protocol: Protocol, options: Options, store: ItemStore
+) -> list[dict]:
+    """One record an item: what was written, which option that is (`choice`, None if none) and whether it is right."""
+    rows = [question.doc for question in benchmark.questions]
+    prompts = [
+        fit(
+            subject,
+            lambda kept, row=row: protocol.ask(benchmark.name, row, kept),
+            [row["context"]],
+            protocol.max_new_tokens,
+            f"{benchmark.name}, row {row['id']}",
+        )
+        for row in rows
+    ]
+    drawn = draw_answers(
+        subject,
+        [prompt.prompt for prompt in prompts],
+        Sampling(protocol.max_new_tokens),
+        options.batch_size,
+        store,
+        f"{subject.name}: written answers, {benchmark.name}",
+    )
+    return [
+        record(benchmark.name, subject.name, row, completion, protocol) | {"shortened": p.shortened}
+        for row, completion, p in zip(rows, drawn, prompts, strict=True)
+    ]
+
+
+def record(
+    benchmark: str, subject: str, row: dict, completion: Completion, protocol: Protocol
+) -> dict:
+    choice = protocol.find(completion.text, row["options"])
+    return {
+        "benchmark": benchmark,
+        "subject": subject,
+        "id": row["id"],
+        "doc_hash": hash_string(repr(sorted(row.items()))),
+        "answer": row["answer"],
+        "choice": choice,
+        "right": choice == row["answer"],
+        "text": completion.text,
+        "finished": completion.finished,
+    }
+
+
+def score(benchmark: Benchmark, records: Sequence[dict]) -> dict:
+    """Accuracy and what goes with it, of one model; what could not be read is wrong."""
+    read = [record for record in records if record["choice"] is not None]
+    right = sum(record["right"] for record in records)
+    counts = Counter(record["choice"] for record in records)
+    predictions = {label: counts[option] for option, label in enumerate(benchmark.labels)}
+    return {
+        "accuracy": wilson(right, len(records)).to_dict(),
+        "unparsed": wilson(len(records) - len(read), len(records)).to_dict(),
+        "accuracy_of_parsed": wilson(right, len(read)).to_dict(),
+        "macro_f1": macro_f1(
+            [record["choice"] for record in records], [record["answer"] for record in records]
+        ),
+        "cut_at_limit": sum(not record["finished"] for record in records),
+        "context_shortened": sum(record["shortened"] for record in records),
+        "predictions": {**predictions, "unparsed": counts[None]},
+    }

@@ -1,0 +1,154 @@
+"""eval/generative.py: how benchmarks are asked for in writing, and what is read out of the answers."""
+
+from dataclasses import replace
+
+import pytest
+
+from eval.generative import Protocol, evaluate, named_option, score, stated_option
+from eval.item_store import ItemStore
+from eval.options import ModelOptions, Options
+from eval.questions import load_benchmarks
+from eval.subjects import load_models
+
+NERVES = ["Median nerve", "Ulnar nerve", "Radial nerve", "Axillary nerve"]
+DECISION = ["yes", "no", "maybe"]
+VERDICTS = ["true", "false", "mixture", "unproven"]
+COT = {
+    "rationale_separator": "Final answer:",
+    "end_marker": "",
+    "rationale_instruction": 'Reason first. Then write "{separator}" and the answer.',
+    "rationale_max_new_tokens": 20,
+}
+REASONING = Protocol.of(COT, Options())
+PLAIN = Protocol.of({"method": "sft"}, Options())
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("C", NERVES, 2),
+        ("c", NERVES, 2),
+        ("(C)", NERVES, 2),
+        ("**C**", NERVES, 2),
+        ("C. Radial nerve", NERVES, 2),
+        ("C) Radial nerve\n\nIt supplies the extensors.", NERVES, 2),
+        ("Radial nerve", NERVES, 2),
+        ("The radial nerve.", NERVES, 2),
+        ("The answer is C.", NERVES, 2),
+        ("The correct answer is (C) because the wrist drops.", NERVES, 2),
+        ("The wrist drops.\nAnswer: C\n\nQuestion: another one", NERVES, 2),
+        ("Option C is correct.", NERVES, 2),
+        ("A and B are wrong, so the answer is C", NERVES, 2),
+        ("The extensors are paralysed, as in wrist drop.\nC", NERVES, 2),
+        ("The answer is A. The answer is B.", NERVES, None),
+        ("A or B", NERVES, None),
+        ("A patient with wrist drop", NERVES, None),
+        ("The answer is A patient matter", NERVES, None),
+        ("The answer is not C", NERVES, None),
+        ("E", NERVES, None),
+        ("I do not know.", NERVES, None),
+        ("", NERVES, None),
+        ("Yes", DECISION, 0),
+        ("No, it does not.", DECISION, 1),
+        ("The answer is maybe.", DECISION, 2),
+        ("The evidence is mixed.\nAnswer: no", DECISION, 1),
+        ("Yes or no", DECISION, None),
+        ("Choose one: yes, no, maybe.", DECISION, None),
+        ("Aspirin is a drug.", DECISION, None),
+        ("The claim is false.", VERDICTS, 1),
+        ("Partly true", VERDICTS, 2),
+        ("This claim is not true", VERDICTS, None),
+        ("mixture", ["true", "false"], None),
+    ],
+)
+def test_stated_option(text, options, expected):
+    assert stated_option(text, options) == expected
+
+
+def test_an_option_within_another_is_not_taken_for_it():
+    options = ["Aspirin", "Aspirin and clopidogrel", "Warfarin", "Heparin"]
+    assert named_option("Aspirin and clopidogrel", options) == 1
+    assert named_option("Aspirin", options) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The wrist cannot be extended.\n\nFinal answer: C", 2),
+        ("The wrist cannot be extended.\n\nFinal answer: radial nerve", 2),
+        ("It is not A or B. Final answer: (C) Radial nerve", 2),
+        ("Final answer: C\nFinal answer: C", 2),
+        ("Final answer: C\nFinal answer: B", None),
+        ("The answer is C", None),  # without the separator a reasoning text has no answer yet
+        ("Final answer:", None),
+        ("", None),
+    ],
+)
+def test_answers_after_reasoning(text, expected):
+    options = NERVES
+    assert REASONING.find(text, options) == expected
+
+
+def test_a_run_decides_how_it_is_asked():
+    row = {"question": "Which nerve?", "options": NERVES}
+    plain, reasoning = (p.ask("medqa", row, [""]) for p in (PLAIN, REASONING))
+    shared = (
+        "Which nerve?\n\nA. Median nerve\nB. Ulnar nerve\nC. Radial nerve\nD. Axillary nerve\n\n"
+    )
+    assert plain.startswith(shared)
+    assert reasoning.startswith(shared)
+    assert plain.endswith("Give only the answer.")
+    assert reasoning.endswith('Reason first. Then write "Final answer:" and the answer.')
+    assert (PLAIN.max_new_tokens, REASONING.max_new_tokens) == (32, 20)
+    assert Protocol.of(COT, Options(generative_tokens=7)).max_new_tokens == 7
+    decision = PLAIN.ask("pubmedqa", {"question": "Does it?", "options": DECISION}, ["It does."])
+    assert decision.startswith(
+        "Abstract: It does.\n\nQuestion: Does it?\n\nChoose one: yes, no, maybe."
+    )
+
+
+def test_what_cannot_be_read_is_wrong(sample_build):
+    benchmark = load_benchmarks(sample_build[0], Options(limit=4, benchmarks=["medqa"]))[0]["medqa"]
+    records = [
+        {"choice": choice, "answer": 1, "right": choice == 1, "finished": True, "shortened": False}
+        for choice in (1, 1, 0, None)
+    ]
+    found = score(benchmark, records)
+    assert found["accuracy"]["value"] == 2 / 4
+    assert found["unparsed"]["value"] == 1 / 4
+    assert found["accuracy_of_parsed"]["value"] == 2 / 3
+    assert found["predictions"] == {"A": 1, "B": 2, "C": 0, "D": 0, "unparsed": 1}
+    # F1: A 0, B 2 · 2/(2 · 2 + 0 + 2).
+    assert found["macro_f1"] == pytest.approx((0 + 4 / 6) / 2)
+
+
+def test_an_abstract_too_long_for_the_model_is_shortened(
+    teacher_folder, model_cache, sample_build, tmp_path
+):
+    options = Options(limit=2, benchmarks=["pubmedqa"], generative_tokens=2)
+    pair = load_models(ModelOptions(model=str(teacher_folder)))
+    store = ItemStore(tmp_path)
+    whole = evaluate(pair, sample_build[0], options, store)["pubmedqa"]["student"]
+    short = replace(pair, student=replace(pair.student, context_length=150))
+    cut = evaluate(short, sample_build[0], options, store)["pubmedqa"]["student"]
+    assert (whole["context_shortened"], cut["context_shortened"]) == (0, 2)
+
+
+@pytest.mark.parametrize("recipe", [None, COT], ids=["plain", "reasoning"])
+def test_both_models_are_asked_alike_whatever_the_batch_size(
+    recipe, teacher_folder, other_teacher_folder, model_cache, sample_build, tmp_path
+):
+    loaded = load_models(ModelOptions(model=str(teacher_folder), teacher=str(other_teacher_folder)))
+    pair = replace(loaded, recipe=recipe)
+
+    def found(size: int) -> dict:
+        options = Options(limit=3, batch_size=size, generative_tokens=8)
+        return evaluate(pair, sample_build[0], options, ItemStore(tmp_path / str(size)))
+
+    alone = found(1)
+    assert alone == found(8)
+    assert set(alone["medqa"]) >= {"student", "teacher", "floor", "num_items"}
+    records = alone["items"]
+    assert len(records) == 2 * 5 * 3
+    assert {record["finished"] for record in records} <= {True, False}
+    assert all(record["right"] == (record["choice"] == record["answer"]) for record in records)
