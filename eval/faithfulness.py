@@ -243,13 +243,14 @@ def _unpacked(packed: dict[str, list[float]]) -> dict[tuple[int, ...], Verdict]:
 def record(name: str, item: Answer) -> dict:
     """One answer for results/items: what was written, and what became of each claim."""
     found = [asdict(claim) for claim in item.claims.claims]
-    for line, claim in zip(found, item.judged or [], strict=False):
-        line |= {
-            "bin": claim.bin,
-            "support": claim.support,
-            "contradiction": claim.contradiction,
-            "recalled": claim.is_recalled,
-        }
+    if item.judged is not None:
+        for line, claim in zip(found, item.judged, strict=True):
+            line |= {
+                "bin": claim.bin,
+                "support": claim.support,
+                "contradiction": claim.contradiction,
+                "recalled": claim.is_recalled,
+            }
     return {
         "subject": name,
         "id": item.id,

@@ -104,7 +104,6 @@ class Options:
             "choices": ["nf4", "int8"],
         },
     )
-
     verifier: str | None = field(
         default=None,
         metadata={
@@ -115,7 +114,6 @@ class Options:
     answer_tokens: int = field(
         default=128, metadata={"help": "Longest answer with evidence (faithfulness), in tokens."}
     )
-
     generative_tokens: int | None = field(
         default=None,
         metadata={
