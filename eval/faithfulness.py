@@ -25,7 +25,7 @@ from eval.fitting import Fitted, fit
 from eval.item_store import ItemStore
 from eval.options import Options
 from eval.subjects import Pair, Subject
-from eval.support import JudgedClaim, judge_claims, mutual_entailment
+from eval.support import SUPPORTED, JudgedClaim, judge_claims, mutual_entailment
 from eval.verifier import CrossEncoderVerifier, Verdict, Verifier
 from medistill_trl.teacher import Sampling
 
@@ -196,19 +196,19 @@ def compare_claims(
 
 
 def labelled_quality(verifier: Verifier, rows: list[dict], store: ItemStore) -> dict:
-    """How good the verifier is on the benchmark's labelled claims, and on the same with evidence of another prompt.
-
-    Of the second kind all are taken to be unsupported: the next prompt's passages are about something else.
-    """
+    """How good the verifier is on the benchmark's labelled claims, and on supported ones with another prompt's
+    evidence, which is about something else: there they are taken to be unsupported."""
     evidence = [_texts(row) for row in rows]
     own, other, labels = [], [], []
     for number, row in enumerate(rows):
-        following = evidence[(number + 1) % len(rows)]
+        following = (e for e in evidence[number + 1 :] + evidence[:number] if e != evidence[number])
+        elsewhere = next(following, None)
         for place, labelled in enumerate(row["claims"]):
             claim, name = (Claim(labelled["text"], ()),), f"{row['id']}#{place}"
             own.append(_item(name, claim, evidence[number]))
-            other.append(_item(name, claim, following))
             labels.append(labelled["label"])
+            if labels[-1] == SUPPORTED and elsewhere:
+                other.append(_item(name, claim, elsewhere))
     judged = judge_items(verifier, own, "labelled claims", store)
     mismatched = judge_items(verifier, other, "claims with other evidence", store)
     return quality([claims[0] for claims in judged], labels, [claims[0] for claims in mismatched])

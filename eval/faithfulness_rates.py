@@ -195,21 +195,20 @@ def quality(
     Args:
         judged: Labelled claims with the verdicts of their own evidence.
         labels: `supported`, or anything else that is not supported: `refuted`, `unknown`.
-        mismatched: The same claims with the verdicts of evidence about something else.
+        mismatched: Supported claims with the verdicts of evidence about something else.
 
     Returns:
         `balanced_accuracy` of the bin supported and `auroc` of the support score, on the labelled claims; None and
         a note where all have one label. `other_evidence`: the same for supported claims with their own evidence
-        against those with other evidence, an easier task.
+        against `mismatched`, an easier task.
     """
     supported = [label == SUPPORTED for label in labels]
     found = {"labelled_claims": len(labels), "labels": dict(Counter(labels))}
     found |= _told_apart(judged, supported)
     if found["auroc"] is None:
         found["note"] = "the labelled claims are all of one kind: see other_evidence"
-    pairs = [(a, b) for a, b, is_so in zip(judged, mismatched, supported, strict=True) if is_so]
-    both = [*(own for own, _ in pairs), *(other for _, other in pairs)]
-    truth = [True] * len(pairs) + [False] * len(pairs)
+    own = [claim for claim, is_so in zip(judged, supported, strict=True) if is_so]
+    both, truth = [*own, *mismatched], [True] * len(own) + [False] * len(mismatched)
     return found | {"other_evidence": {"claims": len(both), **_told_apart(both, truth)}}
 
 
