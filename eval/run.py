@@ -29,6 +29,7 @@ from medistill_trl.files import write_text
 
 SCHEMA_VERSION = 1
 RESULT = "comprehensive_evaluation.json"
+INTERRUPTED = 130  # exit code, as a shell gives it
 
 # Name → module. A part is a module with
 #   FILES      what it reads below the data folder, as glob patterns
@@ -157,15 +158,26 @@ def _write_items(out: Path, part: str, items: list[dict]) -> None:
     write_text(out / "results/items" / f"{part}.jsonl", "".join(lines))
 
 
+def _check_alone() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "an evaluation runs in one process; start it with python -m eval.run, not with accelerate launch"
+        )
+
+
 def main(arguments: list[str]) -> int:
     """Exit code: 0, or that of the user's error, which is printed without a traceback."""
     try:
+        _check_alone()
         console.set_up(main_process=True)
         logging.getLogger("eval").setLevel(logging.INFO)
         path = evaluate(parse(arguments))
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nmedistill_trl: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
     print(f"\nfinished: {path}")
     return 0
 

@@ -189,6 +189,21 @@ def test_what_is_wrong_with_a_model_is_said(capsys, data, trained, tmp_path):
     assert "a run is here" in refused(capsys, "--model", trained, *place)
 
 
+def test_several_processes_are_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in refused(capsys, "--model", "x")
+
+
+def test_an_interrupted_evaluation_says_how_it_goes_on(capsys, monkeypatch):
+    def interrupted(request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate", interrupted)
+    monkeypatch.setattr(command, "parse", lambda arguments: None)
+    assert evaluate("--model", "x") == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
 def test_the_command_lists_its_options():
     result = run_command(sys.executable, "-m", "eval.run", "--help")
     assert result.returncode == 0
