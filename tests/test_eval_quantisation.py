@@ -8,7 +8,7 @@ from eval import benchmarks, quantisation
 from eval.data_files import read_rows
 from eval.item_store import ItemStore
 from eval.options import ModelOptions, Options
-from eval.quantisation import compare
+from eval.quantisation import compare, copies
 from eval.subjects import Pair, load_models
 
 SETTINGS = {"limit": 3, "benchmarks": ["medqa"], "max_new_tokens": 8}
@@ -122,6 +122,14 @@ def test_a_quantised_teacher_gets_the_same_numbers_from_the_store(measured, load
     assert quantisation.evaluate(pair, data, options, store) == results["nf4"]
     assert store.computed == before
     assert "model" not in vars(pair.teacher)
+
+
+def test_the_pairs_own_teacher_is_not_loaded_again(load):
+    pair = load()
+    assert copies(pair, "nf4").teacher is pair.teacher
+    pair = load(teacher_load_in_4bit=True)
+    assert copies(pair, "nf4").student.model is pair.teacher.model
+    assert copies(pair, "int8").student.quantisation == "int8"  # a third
 
 
 def test_it_is_asked_for(load, data, tmp_path):
