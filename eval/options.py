@@ -174,9 +174,11 @@ class ModelOptions:
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """One flag for each field of an options dataclass."""
     hints = get_type_hints(options)
-    group = parser.add_argument_group(options.__doc__.partition("\n")[0])
+    group = parser.add_argument_group(options.__doc__.partition("\n")[0].rstrip("."))
     for item in fields(options):
-        group.add_argument(f"--{item.name}", help=item.metadata["help"], **_flag(item, hints))
+        choices = item.metadata.get("choices")
+        text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+        group.add_argument(f"--{item.name}", help=text, **_flag(item, hints))
 
 
 def _flag(item, hints: dict) -> dict:
@@ -189,8 +191,10 @@ def _flag(item, hints: dict) -> dict:
     if kind is bool:
         return {"action": "store_true"}
     if get_origin(kind) is list:
-        return {**shown, "nargs": "+", "type": get_args(kind)[0]}
-    return {**shown, "type": item.metadata.get("parse", kind)}
+        kind = get_args(kind)[0]
+        shown["nargs"] = "+"
+    metavar = "X" if kind is str else "N"
+    return {**shown, "metavar": metavar, "type": item.metadata.get("parse", kind)}
 
 
 def from_flags(options: type, parsed: argparse.Namespace):

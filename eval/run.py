@@ -79,10 +79,17 @@ def parse(arguments: list[str]) -> Request:
     )
     parser.add_argument("run", nargs="?", type=Path, help="A run directory.")
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="Folder of python -m data_prep.build."
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="Folder of python -m data_prep.build.",
     )
-    parser.add_argument("--tasks", nargs="+", choices=PARTS, help="All by default.")
-    parser.add_argument("--out", type=Path, help="By default the run, or outputs/eval_MODEL.")
+    every = f"Parts to run, by default all: {', '.join(PARTS)}."
+    parser.add_argument("--tasks", nargs="+", choices=PARTS, metavar="PART", help=every)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="By default the run, or outputs/eval_MODEL."
+    )
     parser.add_argument(
         "--allow_partial", action="store_true", help="Evaluate a run that is not finished."
     )
