@@ -6,6 +6,7 @@ it must be read against: the floor of answering always alike, and how the answer
 the options.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from eval.options import Options
 from eval.questions import Benchmark, Question, load_benchmarks
 from eval.statistics import brier, expected_calibration_error, macro_f1, wilson
 from eval.subjects import Pair, Subject
+
+logger = logging.getLogger(__name__)
 
 FILES = ["benchmarks/*.jsonl", "benchmarks/few_shot/*.jsonl"]
 CHUNK = 64  # items between two saves
@@ -119,6 +122,14 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
                 benchmark, answers, shuffled
             )
             items += records(benchmark, subject.name, answers, shuffled)
+            logger.info(
+                "%s, %s: %.1f%% right; %.1f%% for always answering %s",
+                name,
+                subject.name,
+                100 * result[name][subject.name]["accuracy"]["value"],
+                100 * result[name]["floor"]["majority_accuracy"],
+                result[name]["floor"]["majority_label"],
+            )
     if skipped:
         result["skipped"] = skipped
     return result | {"items": items}

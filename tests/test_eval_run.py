@@ -51,7 +51,9 @@ def result_of(folder):
 
 
 def without_cost(content):
-    return {key: value for key, value in content.items() if key != "cost"}
+    """What two evaluations of the same have in common: not what time they took."""
+    results = {name: part for name, part in content["results"].items() if name != "speed"}
+    return {key: value for key, value in content.items() if key != "cost"} | {"results": results}
 
 
 def refused(capsys, *arguments):
@@ -100,6 +102,32 @@ def test_both_models_have_results_and_items(evaluated, trained):
     assert len(items) == 2 * 5 * 3
     right = [i["right"] for i in items if (i["benchmark"], i["subject"]) == ("medqa", "student")]
     assert sum(right) / 3 == pytest.approx(medqa["student"]["accuracy"]["value"])
+
+
+def test_every_part_runs_and_the_second_time_computes_nothing(trained, data, tmp_path, store):
+    words = [
+        trained,
+        "--data",
+        data,
+        "--limit",
+        2,
+        "--fidelity_questions",
+        2,
+        "--benchmarks",
+        "medqa",
+    ]
+    words += ["--answer_tokens", 8, "--generative_tokens", 8]
+    assert evaluate(*words, "--out", tmp_path / "1") == 0
+    first = result_of(tmp_path / "1")
+    assert list(first["results"]) == list(first["cost"]) == list(command.PARTS)
+    assert store.is_dir()
+    assert evaluate(*words, "--out", tmp_path / "2") == 0
+    second = result_of(tmp_path / "2")
+    assert without_cost(second) == without_cost(first)
+    assert sum(cost["items_computed"] for cost in second["cost"].values()) == 0
+    for name in command.PARTS:
+        items = [tmp_path / out / f"results/items/{name}.jsonl" for out in ("1", "2")]
+        assert items[0].read_bytes() == items[1].read_bytes()
 
 
 def test_the_student_is_the_trained_one(trained):
