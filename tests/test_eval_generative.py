@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 
 from eval.generative import Protocol, evaluate, named_option, score, stated_option
 from eval.item_store import ItemStore
 from eval.options import ModelOptions, Options
 from eval.questions import load_benchmarks
 from eval.subjects import load_models
+from medistill_trl.recipe import load
 
 NERVES = ["Median nerve", "Ulnar nerve", "Radial nerve", "Axillary nerve"]
 DECISION = ["yes", "no", "maybe"]
@@ -105,6 +107,15 @@ def test_a_run_decides_how_it_is_asked():
     assert decision.startswith(
         "Abstract: It does.\n\nQuestion: Does it?\n\nChoose one: yes, no, maybe."
     )
+
+
+def test_the_recipes_that_ship_are_asked_as_they_train():
+    cot, sft = (load([str(ROOT / f"recipes/{name}.yaml")]).resolved() for name in ("cot", "sft"))
+    found = Protocol.of(cot, Options())
+    asked = found.ask("medqa", {"question": "Which nerve?", "options": NERVES}, [""])
+    assert 'starts with "Final answer:"' in asked
+    assert found.max_new_tokens == cot["rationale_max_new_tokens"]
+    assert Protocol.of(sft, Options()).reasoning is None
 
 
 def test_what_cannot_be_read_is_wrong(sample_build):
