@@ -4,10 +4,17 @@ from accelerate import PartialState
 
 from medistill_trl import memory_plan
 from medistill_trl.inputs import Loaded
+from medistill_trl.memory_plan import Part
 from medistill_trl.methods import Method
 from medistill_trl.prompts import encode_example
 from medistill_trl.recipe import Recipe
 from medistill_trl.setting import Arguments
+
+
+def memory_parts(method: Method, arguments: Arguments, loaded: Loaded) -> list[Part]:
+    """What a run holds on one device."""
+    loss_memory = method.loss_memory or memory_plan.cross_entropy_memory
+    return memory_plan.plan(arguments, loaded.student, loaded.teacher, loss_memory)
 
 
 def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loaded) -> None:
@@ -20,8 +27,7 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
     example = encode_example(form, prompt.question, target, True, None)
     trained = [token for token in example["labels"] if token >= 0]
     rendered = form.tokenizer.decode(example["input_ids"][: -len(trained)])
-    loss_memory = method.loss_memory or memory_plan.cross_entropy_memory
-    parts = memory_plan.plan(arguments, loaded.student, loaded.teacher, loss_memory)
+    parts = memory_parts(method, arguments, loaded)
     print(f"# resolved recipe\n{recipe.to_yaml()}")
     print(f"# memory plan, per device\n{memory_plan.to_text(parts)}\n")
     print(

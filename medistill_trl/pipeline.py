@@ -21,7 +21,7 @@ from medistill_trl.dry_run import print_plan
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.guards import FiniteGuard
 from medistill_trl.heldout import HeldoutCallback
-from medistill_trl.inputs import identity, load_inputs, load_models
+from medistill_trl.inputs import Loaded, identity, load_inputs, load_models
 from medistill_trl.methods import Method
 from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
@@ -55,15 +55,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
     _use_all_cores(state)
     if not arguments.run.dry_run:
         directory.check(recipe)
-    loaded = load_inputs(arguments)
-    if method.teacher_access == "white_box":
-        require_shared_vocabulary(
-            loaded.student_form.tokenizer,
-            loaded.teacher_form.tokenizer,
-            method.name,
-            methods.names("black_box"),
-        )
-    method.check(arguments, loaded)
+    loaded = check_inputs(method, arguments)
     if arguments.run.dry_run:
         print_plan(recipe, method, arguments, loaded)
         state.destroy_process_group()
@@ -83,6 +75,24 @@ def run(recipe: Recipe) -> RunDirectory | None:
     state.wait_for_everyone()
     state.destroy_process_group()  # exiting with it alive aborts the process
     return directory
+
+
+def check_inputs(method: Method, arguments: Arguments) -> Loaded:
+    """Everything but weights, and whether the method can serve the pair.
+
+    Raises:
+        UserError: it cannot, or something is missing.
+    """
+    loaded = load_inputs(arguments)
+    if method.teacher_access == "white_box":
+        require_shared_vocabulary(
+            loaded.student_form.tokenizer,
+            loaded.teacher_form.tokenizer,
+            method.name,
+            methods.names("black_box"),
+        )
+    method.check(arguments, loaded)
+    return loaded
 
 
 def build_arguments(
