@@ -177,6 +177,8 @@ class RunArguments:
 
     LIMITS = {  # see schema.py
         "heldout_prompts": {"min": 1},
+        "max_completion_tokens": {"min": 1},
+        "max_seconds": {"above": 0},
     }
 
     method: str = field(metadata={"help": "Name of a module in medistill_trl/methods."})
@@ -185,6 +187,20 @@ class RunArguments:
         metadata={
             "help": "Validation prompts in the fidelity check before and after training, and at each "
             "evaluation.",
+        },
+    )
+    max_completion_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training once the loss was taken on so many completion tokens, over all "
+            "processes; max_steps ends it too, and the learning rate follows that."
+        },
+    )
+    max_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "End training after so much time, over all launches, drawing stored completions not "
+            "counted; max_steps ends it too, and the learning rate follows that."
         },
     )
     resume: bool = field(

@@ -29,12 +29,15 @@ class Totals:
 
     Args:
         seconds: Wall time of training.
+        seconds_drawing: Of these, spent on stored completions: drawing them, or waiting for another run
+            that does.
         trained: Completion tokens the loss was taken on, over all processes.
         generated_teacher: Tokens the teacher wrote for training, over all processes.
         generated_student: Tokens the student wrote for training, over all processes.
     """
 
     seconds: float = 0.0
+    seconds_drawing: float = 0.0
     trained: int = 0
     generated_teacher: int = 0
     generated_student: int = 0
@@ -62,6 +65,7 @@ class Totals:
         parts = gather_object([self])
         return Totals(
             seconds=self.seconds,
+            seconds_drawing=self.seconds_drawing,
             trained=self.trained,
             generated_teacher=sum(part.generated_teacher for part in parts),
             generated_student=sum(part.generated_student for part in parts),

@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from medistill_trl import console, launch, methods
 from medistill_trl.arguments import SHARED
+from medistill_trl.budget import BudgetCallback
 from medistill_trl.checkpoints import (
     CheckpointCallback,
     Totals,
@@ -132,6 +133,7 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(CheckpointCallback(setting.totals))
     trainer.add_callback(HeldoutCallback(setting.heldout))
+    trainer.add_callback(BudgetCallback(setting.arguments.run, setting.totals))
     return trainer
 
 

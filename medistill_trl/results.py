@@ -60,6 +60,7 @@ def write_results(
     trainer.save_model(str(directory.final_model))
     record = run_record.build(
         recipe=recipe.resolved(),
+        steps=trainer.state.global_step,
         totals=setting.totals.summed(),
         heldout={"before": before["measured"], "after": after},
         data={"files": [asdict(report) for report in loaded.reports]},

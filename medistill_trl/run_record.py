@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from medistill_trl.budget import ended_by
 from medistill_trl.checkpoints import Totals
 
 SCHEMA_VERSION = 1
@@ -96,12 +97,19 @@ def peak_memory_gb() -> dict[str, float]:
 
 
 def build(
-    recipe: dict, totals: Totals, heldout: dict, data: dict, models: dict, log_history: list[dict]
+    recipe: dict,
+    steps: int,
+    totals: Totals,
+    heldout: dict,
+    data: dict,
+    models: dict,
+    log_history: list[dict],
 ) -> dict:
     """The record of a finished run.
 
     Args:
         recipe: Resolved recipe.
+        steps: Optimizer steps taken.
         totals: Summed over processes.
         heldout: `{"before": ..., "after": ...}` of the held-out check.
         data: Reports of the prompt files.
@@ -109,14 +117,17 @@ def build(
         log_history: The trainer's log.
     """
     counts = asdict(totals)
-    seconds = counts.pop("seconds")
+    seconds, drawing = counts.pop("seconds"), counts.pop("seconds_drawing")
     return {
         "schema_version": SCHEMA_VERSION,
         "method": recipe["method"],
         "recipe": recipe,
         **environment(),
         "seed": recipe.get("seed", 42),
+        "steps": steps,
+        "ended_by": ended_by(log_history),
         "seconds": round(seconds, 1),
+        "seconds_drawing": round(drawing, 1),
         **peak_memory_gb(),
         "tokens": counts,
         "models": models,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from transformers import PreTrainedModel
 from trl import SFTConfig
@@ -77,7 +78,7 @@ class Setting:
         Args:
             label: Of the progress bar.
         """
-        before = self.teacher.generated_tokens
+        before, start = self.teacher.generated_tokens, monotonic()
         drawn = self.store.draw(
             self.teacher,
             [self.teacher.form.render(question) for question in questions],
@@ -87,6 +88,7 @@ class Setting:
             label,
         )
         self.totals.generated_teacher += self.teacher.generated_tokens - before
+        self.totals.seconds_drawing += monotonic() - start
         return drawn
 
 
