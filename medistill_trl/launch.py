@@ -19,6 +19,9 @@ import yaml
 from medistill_trl.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(
+    None, use_errno=True
+)  # loaded here: a child between fork and exec had better not
 
 
 def launcher() -> tuple[psutil.Process, list[str]] | None:
@@ -46,6 +49,12 @@ def die_with_launcher() -> None:
         _set_parent_death_signal(signal.SIGTERM)
 
 
+def die_with_parent() -> None:
+    """For a child between fork and exec: the kernel kills it when the process that starts it dies."""
+    if sys.platform == "linux":
+        _set_parent_death_signal(signal.SIGKILL)
+
+
 def leave(error: UserError) -> None:
     """Print a user's error and exit with its code, without a traceback of ours or of the launcher's.
 
@@ -66,7 +75,7 @@ def leave(error: UserError) -> None:
 
 
 def _set_parent_death_signal(number: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_file(path: str, problems: list[str]) -> list[Entry]:
+def parse_value(text: str) -> Any:
+    """A value as a flag or a file would spell it.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'problem', None) or error}") from error
+
+
+def read_file(path: str, problems: list[str], kind: str = "recipe") -> list[Entry]:
+    """The entries of a YAML file.
+
+    Args:
+        kind: What the file is, for messages.
+    """
     if not path.endswith((".yaml", ".yml")):
-        problems.append(f"{path}: not a recipe; name YAML files first and options as --key value")
+        problems.append(f"{path}: not a {kind}; name YAML files first and options as --key value")
         return []
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -85,7 +102,7 @@ def read_file(path: str, problems: list[str]) -> list[Entry]:
         problems.append(f"{path}: not UTF-8 text (byte {error.start})")
         return []
     except RecursionError:
-        problems.append(f"{path}: nested too deeply to be a recipe")
+        problems.append(f"{path}: nested too deeply to be a {kind}")
         return []
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -150,9 +167,9 @@ def read_flags(flags: list[str], problems: list[str]) -> list[Entry]:
         if any(entry.key == key for entry in entries):
             problems.append(f"--{key}: given twice; keep one")
         try:
-            parsed = [yaml.load(text, Loader=_Loader) for text in texts]  # a SafeLoader
-        except yaml.YAMLError as error:
-            problems.append(f"--{key}: cannot be read: {getattr(error, 'problem', None) or error}")
+            parsed = [parse_value(text) for text in texts]
+        except ValueError as error:
+            problems.append(f"--{key}: {error}")
             continue
         value = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
         text = " ".join(texts)

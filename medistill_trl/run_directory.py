@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 
-from medistill_trl.checkpoints import newest_valid
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.recipe import Recipe
@@ -112,6 +111,9 @@ class RunDirectory:
         write_text(self.recipe, HEADER + recipe.to_yaml())
 
     def checkpoint_to_resume(self) -> tuple[Path | None, list[str]]:
+        # Imported here: it loads torch, and looking at a run does not need it.
+        from medistill_trl.checkpoints import newest_valid
+
         return newest_valid(self.checkpoints)
 
     def mark_complete(self) -> None:

@@ -14,6 +14,10 @@ metadata on to argparse, which knows no bounds:
 key that all methods share says so, and why, in another one:
 
     REQUIRES = {"teacher_completions": ("stored", "every epoch trains on the same answers")}
+
+and one that is trained on the student's own samples alone, never on completions of the teacher, says that:
+
+    TRAINS_ON = "student"
 """
 
 import ast
@@ -74,6 +78,11 @@ def read_requirements(module: str, class_name: str) -> dict[str, tuple[Any, str]
     return _declared(_require_class(module, class_name)[1], "REQUIRES")
 
 
+def read_trains_on(module: str, class_name: str) -> str:
+    """Whose completions the loss is taken on: what the class declares in `TRAINS_ON`, or `teacher`."""
+    return _declared(_require_class(module, class_name)[1], "TRAINS_ON") or "teacher"
+
+
 def _require_class(module: str, class_name: str) -> tuple[Path, ast.ClassDef]:
     path = _module_path(module)
     found = _find_class(path, class_name) if path else None
@@ -115,8 +124,8 @@ def _own_fields(path: Path, class_def: ast.ClassDef) -> dict[str, Field]:
     }
 
 
-def _declared(class_def: ast.ClassDef, name: str) -> dict:
-    """A class attribute that is a literal dict; empty where the class has none."""
+def _declared(class_def: ast.ClassDef, name: str) -> Any:
+    """A class attribute that is a literal; an empty dict where the class has none."""
     for node in class_def.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)

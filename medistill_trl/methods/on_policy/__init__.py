@@ -43,7 +43,8 @@ class OnPolicyConfig(GRPOConfig):
     its `epsilon`; keys of it that would change nothing here are refused."""
 
     NAME = "on_policy"  # in messages
-    LIMITS = {  # see schema.py
+    TRAINS_ON = "student"  # see schema.py
+    LIMITS = {
         "gamma": {"min": 0, "max": 1},
         "truncation_penalty": {"min": 0},
         "likelihood_weight": {"min": 0},
