@@ -1,0 +1,337 @@
+"""Starts the runs of a study, side by side if asked, and sees each of them end."""
+
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import yaml
+from tqdm import tqdm
+
+from medistill_trl.errors import RunFailed, UserError
+from medistill_trl.launch import die_with_parent
+from medistill_trl.study import progress
+from medistill_trl.study.definition import Study
+from medistill_trl.study.grid import Run
+from medistill_trl.study.record import StudyRecord, log_of
+
+POLL_SECONDS = 0.2
+REFRESH_SECONDS = 2.0
+GRACE_SECONDS = 15.0  # between asking a run to stop and killing it
+SHOWN_LINES = 12  # of the log of a run that failed
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one run at a time may work.
+
+    Args:
+        cores: Of the CPU.
+        gpus: For CUDA_VISIBLE_DEVICES; None leaves it as it is.
+    """
+
+    cores: tuple[int, ...]
+    gpus: str | None = None
+
+
+def make_slots(jobs: int, config_file: str | None) -> list[Slot]:
+    """Share out the machine: GPUs evenly where runs use them, cores evenly in any case.
+
+    Raises:
+        UserError: there are fewer GPUs than jobs.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [tuple(cores[n::jobs]) or (cores[n % len(cores)],) for n in range(jobs)]
+    config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
+    gpus = [] if config.get("use_cpu") else _gpus()
+    if jobs == 1 or not gpus:
+        return [Slot(share) for share in shares]
+    if jobs > len(gpus):
+        raise UserError(
+            f"--jobs {jobs}: there are {len(gpus)} GPUs, and a run needs one of its own"
+        )
+    return [Slot(share, ",".join(gpus[n::jobs])) for n, share in enumerate(shares)]
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that are visible, as CUDA_VISIBLE_DEVICES has them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(
+        ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False
+    ).stdout
+    return [str(n) for n in range(len(listed.splitlines()))]
+
+
+# --- commands
+
+
+def train_command(run: Run, config_file: str | None) -> list[str]:
+    """As a user would type it; continues a run that was started."""
+    launcher = ["accelerate", "launch", *(["--config_file", config_file] if config_file else [])]
+    launcher += ["--main_process_port", "0"]  # any that is free: runs may work side by side
+    resume = ["--resume"] if progress.is_started(run) else []
+    return [*launcher, "recipes/run.py", *run.words, *resume]
+
+
+def evaluate_command(run: Run, study: Study) -> list[str]:
+    flags = []
+    for key, value in study.evaluate.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(str(item) for item in values if item is not True)]
+    return ["python", "-m", "eval.run", str(run.directory), *flags]
+
+
+def commands(run: Run, study: Study, record: StudyRecord, config_file: str | None) -> list[list]:
+    """What is still to be done for a run, in order; nothing for a finished one."""
+    left = [] if progress.is_trained(run) else [train_command(run, config_file)]
+    if study.evaluate is not None:
+        command = evaluate_command(run, study)
+        done = (
+            record[run]["evaluated"] == command and (run.directory / progress.EVALUATION).exists()
+        )
+        left += [] if done and not left else [command]
+    return left
+
+
+def as_typed(command: list[str]) -> str:
+    return shlex.join(command)
+
+
+def _executable(command: list[str]) -> list[str]:
+    """The same, with the programs of this environment, whether or not it is activated."""
+    program = {
+        "python": sys.executable,
+        "accelerate": str(Path(sys.executable).with_name("accelerate")),
+    }
+    return [program[command[0]], *command[1:]]
+
+
+# --- one run
+
+
+@dataclass
+class Job:
+    """A run at work: its commands one after the other, in one slot.
+
+    Args:
+        expected: Seconds it will take, as far as known.
+    """
+
+    run: Run
+    waiting: list[list[str]]
+    slot: Slot
+    expected: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    process: subprocess.Popen | None = None
+    command: list[str] = field(default_factory=list)
+
+    def start_next(self) -> None:
+        self.command = self.waiting.pop(0)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if self.slot.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.slot.gpus
+        log = log_of(self.run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as output:
+            print(
+                f"\n== {time.strftime('%F %T')} {as_typed(self.command)}", file=output, flush=True
+            )
+            self.process = subprocess.Popen(
+                _executable(self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is the study's to hand on
+                preexec_fn=die_with_parent,  # and nothing trains on once the study is gone
+            )
+        os.sched_setaffinity(self.process.pid, self.slot.cores)
+
+    def signal(self, number: int) -> None:
+        """To the launcher and all it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+# --- all of them
+
+
+@contextmanager
+def only_study(out: Path) -> Iterator[None]:
+    """Keep a second study out of a folder for as long as this one works in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        _lock(lock, out)
+        yield
+
+
+def _lock(lock: IO, out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: a study is at work here; wait for it, or give --out") from None
+
+
+class Executor:
+    """Works through the runs of a study.
+
+    Args:
+        config_file: Of accelerate launch; None for none.
+        known: Seconds of a step, by `progress.cost_key`.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        runs: list[Run],
+        record: StudyRecord,
+        slots: list[Slot],
+        config_file: str | None,
+        known: dict[str, float],
+    ):
+        self.study, self.runs, self.record = study, runs, record
+        self.free, self.num_slots = list(slots), len(slots)
+        self.config_file, self.known = config_file, known
+        self.waiting: list[Run] = []
+        self.working: list[Job] = []
+        self.stop_signal: int | None = None
+        tqdm.monitor_interval = 0  # no second thread in a process that forks
+        self.bar = tqdm(total=len(runs), unit="run", disable=None)
+
+    def work(self) -> None:
+        """Until every run has ended, or a signal comes.
+
+        Raises:
+            RunFailed: the study was stopped; its runs are, too.
+        """
+        for run in self.runs:
+            if self._commands(run):
+                self.waiting.append(run)
+                self.record[run]["state"] = "waiting"
+            else:
+                self._finish(run, "finished already")
+        self.record.write()
+        with self._handled_signals(), self.bar:
+            try:
+                self._loop()
+            finally:
+                self._stop_all()
+        if self.stop_signal is not None:
+            raise RunFailed(
+                f"stopped by {signal.Signals(self.stop_signal).name}; the same command goes on from here"
+            )
+
+    def _commands(self, run: Run) -> list[list[str]]:
+        return commands(run, self.study, self.record, self.config_file)
+
+    def _loop(self) -> None:
+        refreshed = 0.0
+        while (self.waiting or self.working) and self.stop_signal is None:
+            while self.waiting and self.free:
+                self._start(self.waiting.pop(0))
+            for job in list(self.working):
+                if job.process.poll() is not None:
+                    self._ended(job, job.process.returncode)
+            if time.monotonic() - refreshed > REFRESH_SECONDS:
+                self._show_progress()
+                refreshed = time.monotonic()
+            time.sleep(POLL_SECONDS)
+
+    def _start(self, run: Run) -> None:
+        job = Job(run, self._commands(run), self.free.pop(0), self._expected(run))
+        how = "resumed" if "--resume" in job.waiting[0] else "started"
+        job.start_next()
+        self.working.append(job)
+        self.record.update(run, state="running", exit_code=None, problem=None)
+        self._say(f"{run.name}: {how}, log {log_of(run)}")
+
+    def _ended(self, job: Job, code: int) -> None:
+        if code == 0 and "eval.run" in job.command:
+            self.record[job.run]["evaluated"] = job.command
+        if code == 0 and job.waiting:
+            job.start_next()
+            return
+        self._release(job)
+        if code == 0:
+            self._finish(job.run, f"finished in {progress.duration(job.seconds)}")
+        else:
+            problem = f"exit status {code}: {as_typed(job.command)}"
+            self.record.update(job.run, state="failed", exit_code=code, problem=problem)
+            lines = progress.tail(log_of(job.run), SHOWN_LINES)
+            shown = "\n".join(f"    {line}" for line in lines)
+            self._say(f"{job.run.name}: FAILED, {problem}; its log ends\n{shown}")
+            self.bar.update()
+
+    def _release(self, job: Job) -> None:
+        self.working.remove(job)
+        self.free.append(job.slot)
+        entry = self.record[job.run]
+        entry["wall_seconds"] = round(entry["wall_seconds"] + job.seconds, 1)
+
+    def _finish(self, run: Run, how: str) -> None:
+        result = progress.results(run)
+        problem = progress.shortfall(self.study.budget, result)
+        state = "short" if problem else "finished"
+        self.record.update(run, **result, state=state, exit_code=0, problem=problem)
+        seconds = max(result["training_seconds"], self.record[run]["wall_seconds"])
+        self.known[progress.cost_key(run.recipe.values)] = seconds / result["steps"]
+        self._say(f"{run.name}: {problem or how}")
+        self.bar.update()
+
+    def _stop_all(self) -> None:
+        """Leave no run behind: whatever made the study end, its runs end with it."""
+        for job in self.working:
+            job.signal(signal.SIGTERM)
+        patience = time.monotonic() + GRACE_SECONDS
+        for job in list(self.working):
+            with suppress(subprocess.TimeoutExpired):
+                job.process.wait(timeout=max(0.0, patience - time.monotonic()))
+            job.signal(signal.SIGKILL)  # also what the launcher has left
+            job.process.wait()
+            self._release(job)
+            self.record.update(job.run, state="stopped")
+
+    @contextmanager
+    def _handled_signals(self) -> Iterator[None]:
+        def note(number, frame):
+            self.stop_signal = number
+
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- what the user sees
+
+    def _say(self, text: str) -> None:
+        self.bar.write(f"{time.strftime('%T')} {text}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def _expected(self, run: Run) -> float | None:
+        return progress.expected_seconds(run, self.study.budget, self.known)
+
+    def _show_progress(self) -> None:
+        working = [(job.expected, job.seconds) for job in self.working]
+        left = progress.time_left(map(self._expected, self.waiting), working, self.num_slots)
+        steps = [
+            f"{j.run.name} {progress.current_step(log_of(j.run)) or '…'}" for j in self.working
+        ]
+        self.bar.set_postfix_str(f"left {progress.duration(left)}; {', '.join(steps)}")
