@@ -393,6 +393,15 @@ def test_every_shipped_study_is_valid(path, overlays, tmp_path):
     assert not [warning for run in runs for warning in run.recipe.warnings]
 
 
+def test_the_example_of_the_page_is_valid(tmp_path):
+    page = (ROOT / "docs/study.md").read_text()
+    path = tmp_path / "example.yaml"
+    path.write_text(re.search(r"^```yaml\n(.*?)^```", page, re.M | re.S)[1])
+    study = definition.read(str(path), [], [])
+    assert set(yaml.safe_load(path.read_text())) == set(definition.KEYS)
+    assert len(grid.expand(study, tmp_path)) == 12
+
+
 def test_the_shipped_studies_are_those_named():
     assert [path.stem for path in SHIPPED] == [
         "alpha", "dataset_size", "lora_rank", "report_reproduction", "temperature", "ten_methods",

@@ -106,6 +106,8 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before a run was started; the executor has a handler of its own
+        sys.exit(130)
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         sys.exit(error.exit_code)
