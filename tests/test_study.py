@@ -337,19 +337,23 @@ def test_what_a_log_says_last(tmp_path):
     log.write_text("first\n 1/8 [00:01]\r 2/8 [00:02]\r 3/8 [00:03<00:09]\nlast\n\n")
     assert progress.current_step(log) == "3/8"
     assert progress.tail(log, 2) == [" 3/8 [00:03<00:09]", "last"]
+    log.write_text(log.read_text() + "\n== accelerate launch\nbegun\n")
+    assert progress.current_step(log) is None
+    assert progress.tail(log, 2) == ["accelerate launch", "begun"]
 
 
 @pytest.mark.parametrize(
     ("waiting", "working", "jobs", "expected"),
     [
-        ([], [], 1, 0),
-        ([10, 20], [], 1, 30),
-        ([10, 20], [], 2, 15),
-        ([10], [(10, 4)], 1, 16),
-        ([10], [(10, 40)], 1, 10),
-        ([], [(50, 0), (10, 0)], 2, 50),
-        ([10, None], [], 1, None),
-        ([10], [(None, 3)], 1, None),
+        ([], [], 1, "about 0 s"),
+        ([10, 20], [], 1, "about 30 s"),
+        ([10, 20], [], 2, "about 15 s"),
+        ([10], [(10, 4)], 1, "about 16 s"),
+        ([10], [(10, 40)], 1, "about 10 s"),
+        ([], [(50, 0), (10, 0)], 2, "about 50 s"),
+        ([600, None], [], 2, "at least 5 min"),
+        ([7200], [(None, 3)], 1, "at least 2.0 h"),
+        ([None], [(None, 3)], 1, "unknown"),
     ],
 )
 def test_time_left(waiting, working, jobs, expected):

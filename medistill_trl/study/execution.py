@@ -109,6 +109,13 @@ def as_typed(command: list[str]) -> str:
     return shlex.join(command)
 
 
+def _how_ended(code: int) -> str:
+    """The exit status of a command that failed, in words."""
+    if code == -signal.SIGUSR1:
+        return "refused"  # `launch.leave` has given the reason and stopped the launcher
+    return f"exit status {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+
+
 def _executable(command: list[str]) -> list[str]:
     """The same, with the programs of this environment, whether or not it is activated."""
     program = {
@@ -146,7 +153,9 @@ class Job:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as output:
             print(
-                f"\n== {time.strftime('%F %T')} {as_typed(self.command)}", file=output, flush=True
+                f"\n{progress.COMMAND}{time.strftime('%F %T')} {as_typed(self.command)}",
+                file=output,
+                flush=True,
             )
             self.process = subprocess.Popen(
                 _executable(self.command),
@@ -271,7 +280,7 @@ class Executor:
         if code == 0:
             self._finish(job.run, f"finished in {progress.duration(job.seconds)}")
         else:
-            problem = f"exit status {code}: {as_typed(job.command)}"
+            problem = f"{_how_ended(code)}: {as_typed(job.command)}"
             self.record.update(job.run, state="failed", exit_code=code, problem=problem)
             lines = progress.tail(log_of(job.run), SHOWN_LINES)
             shown = "\n".join(f"    {line}" for line in lines)
@@ -334,4 +343,4 @@ class Executor:
         steps = [
             f"{j.run.name} {progress.current_step(log_of(j.run)) or '…'}" for j in self.working
         ]
-        self.bar.set_postfix_str(f"left {progress.duration(left)}; {', '.join(steps)}")
+        self.bar.set_postfix_str(f"left: {left}; {', '.join(steps)}")

@@ -16,6 +16,7 @@ from medistill_trl.study.grid import Run, identity
 
 EVALUATION = "results/comprehensive_evaluation.json"
 TAIL_BYTES = 4096
+COMMAND = "== "  # begins the line of a command in a log
 # What a step's time depends on, besides the machine.
 COST_KEYS = (
     "method", "teacher_model", "student_model", "student_keep_layers", "use_lora", "student_load_in_4bit",
@@ -97,12 +98,13 @@ def shortfall(budget: Budget, result: dict[str, Any]) -> str | None:
 
 
 def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a log that say something, without what progress bars have drawn over."""
+    """The last lines of a log that say something, without what progress bars have drawn over; of its newest
+    command only."""
     if not log.exists():
         return []
     with log.open("rb") as content:
         content.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        text = content.read().decode("utf-8", errors="replace")
+        text = content.read().decode("utf-8", errors="replace").rpartition(f"\n{COMMAND}")[2]
     shown = [line.rstrip().rpartition("\r")[2] for line in text.splitlines(keepends=False)]
     return [line for line in shown if line.strip()][-lines:]
 
@@ -141,20 +143,24 @@ def expected_seconds(run: Run, budget: Budget, known: dict[str, float]) -> float
 
 
 def time_left(
-    expected: Iterable[float | None], elapsed: Iterable[tuple[float | None, float]], jobs: int
-) -> float | None:
-    """Seconds until the last run ends, about; None if nothing is known of a run.
+    expected: Iterable[float | None], working: Iterable[tuple[float | None, float]], jobs: int
+) -> str:
+    """Until the last run ends, in words; `at least` where nothing is known of some runs.
 
     Args:
-        expected: Of every run that waits.
-        elapsed: For every run at work what is expected of it, and for how long it has run.
+        expected: Seconds of every run that waits.
+        working: Of every run at work the seconds it is expected to take, and those it has run.
         jobs: Runs side by side.
     """
-    waiting, working = list(expected), list(elapsed)
-    if None in waiting or any(total is None for total, _ in working):
-        return None
-    rest = [max(0.0, total - spent) for total, spent in working]
-    return max((sum(waiting) + sum(rest)) / jobs, *rest, 0.0)
+    working = list(working)
+    rest = [None if total is None else max(0.0, total - spent) for total, spent in working]
+    every = [*expected, *rest]
+    known = [seconds for seconds in every if seconds is not None]
+    if every and not known:
+        return "unknown"
+    longest = max([seconds for seconds in rest if seconds is not None], default=0.0)
+    about = "about" if len(known) == len(every) else "at least"
+    return f"{about} {duration(max(sum(known) / jobs, longest))}"
 
 
 def duration(seconds: float | None) -> str:

@@ -52,7 +52,7 @@ def plan(
                 progress.duration(seconds),
             ]
         )
-    left = progress.duration(progress.time_left(expected, [], jobs))
+    left = progress.time_left(expected, [], jobs)
     heads = ["run", "recipe", "state", "from the store", "memory", "training"]
     lines = [
         table(heads, rows),
