@@ -24,6 +24,7 @@ from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 from medistill_trl.study.record import StudyRecord, log_of
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
 REFRESH_SECONDS = 2.0
 GRACE_SECONDS = 15.0  # between asking a run to stop and killing it
@@ -321,7 +322,9 @@ class Executor:
         def note(number, frame):
             self.stop_signal = number
 
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        # One that is ignored stays so: under nohup the terminal may close.
+        heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heeded}
         try:
             yield
         finally:
