@@ -342,6 +342,17 @@ def test_what_a_log_says_last(tmp_path):
     assert progress.tail(log, 2) == ["accelerate launch", "begun"]
 
 
+def test_a_failure_is_shown_without_the_launchers_traceback(tmp_path):
+    log = tmp_path / "x.log"
+    trace = "Traceback (most recent call last):\n  File a\n"
+    log.write_text(f"\n== accelerate\n{trace}ValueError: bad\n")
+    assert progress.failure(log, 2) == ["  File a", "ValueError: bad"]
+    log.write_text(log.read_text() + f"{trace}subprocess.CalledProcessError: Command [...]\n")
+    assert progress.failure(log, 2) == ["  File a", "ValueError: bad"]
+    log.write_text(f"killed\n{trace}subprocess.CalledProcessError: Command [...]\n")
+    assert progress.failure(log, 1) == ["subprocess.CalledProcessError: Command [...]"]
+
+
 @pytest.mark.parametrize(
     ("waiting", "working", "jobs", "expected"),
     [

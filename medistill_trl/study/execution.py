@@ -283,7 +283,7 @@ class Executor:
         else:
             problem = f"{_how_ended(code)}: {as_typed(job.command)}"
             self.record.update(job.run, state="failed", exit_code=code, problem=problem)
-            lines = progress.tail(log_of(job.run), SHOWN_LINES)
+            lines = progress.failure(log_of(job.run), SHOWN_LINES)
             shown = "\n".join(f"    {line}" for line in lines)
             self._say(f"{job.run.name}: FAILED, {problem}; its log ends\n{shown}")
             self.bar.update()

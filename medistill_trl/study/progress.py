@@ -15,7 +15,7 @@ from medistill_trl.study.definition import Budget
 from medistill_trl.study.grid import Run, identity
 
 EVALUATION = "results/comprehensive_evaluation.json"
-TAIL_BYTES = 4096
+TAIL_BYTES = 16384
 COMMAND = "== "  # begins the line of a command in a log
 # What a step's time depends on, besides the machine.
 COST_KEYS = (
@@ -107,6 +107,15 @@ def tail(log: Path, lines: int) -> list[str]:
         text = content.read().decode("utf-8", errors="replace").rpartition(f"\n{COMMAND}")[2]
     shown = [line.rstrip().rpartition("\r")[2] for line in text.splitlines(keepends=False)]
     return [line for line in shown if line.strip()][-lines:]
+
+
+def failure(log: Path, lines: int) -> list[str]:
+    """The last lines of a run that failed, without the traceback accelerate launch puts below them."""
+    shown = tail(log, 1000)
+    if shown and shown[-1].startswith("subprocess.CalledProcessError"):
+        starts = [n for n, line in enumerate(shown) if line.startswith("Traceback ")]
+        shown = shown[: starts[-1]] if len(starts) > 1 else shown
+    return shown[-lines:]
 
 
 def current_step(log: Path) -> str | None:
