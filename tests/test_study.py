@@ -423,6 +423,14 @@ def test_the_shipped_studies_are_those_named():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "expected"), [(False, None), (True, {}), ({}, {}), ({"limit": 3}, {"limit": 3})]
+)
+def test_an_evaluation_may_have_flags(tmp_path, evaluate, expected):
+    path = write(tmp_path, PLAIN | {"evaluate": evaluate})
+    assert definition.read(path, [], []).evaluate == expected
+
+
 def test_commands_are_what_a_user_would_type(tmp_path, capsys):
     path = write(
         tmp_path, PLAIN | {"evaluate": {"limit": 8, "tasks": ["benchmarks", "perplexity"]}}

@@ -166,6 +166,7 @@ class _Reading:
         if not all(isinstance(overlay, str) for overlay in named):
             self.say("overlays", f"must be a list of files, got {named!r}")
         evaluate = self.given.get("evaluate", False)
+        flags = {} if evaluate is True else evaluate
         study = Study(
             name=name,
             description=self.given.get("description", "").strip(),
@@ -174,7 +175,7 @@ class _Reading:
             methods=self._methods(),
             axes=tuple(self._axes()),
             budget=self._budget(),
-            evaluate=(evaluate or {}) if evaluate is not False else None,
+            evaluate=None if flags is False else flags,
             places=self.places,
         )
         self._check_overlap(study)
@@ -230,7 +231,7 @@ class _Reading:
     def _budget(self) -> Budget:
         budget = self.given.get("budget", {})
         stands_in = Budget("optimizer_steps", 1, 1)
-        if unknown := sorted(set(budget) - {*BUDGETS, "max_steps"}):
+        if unknown := sorted(map(str, set(budget) - {*BUDGETS, "max_steps"})):
             self.say("budget", f"{unknown[0]}: unknown key; one of {', '.join(BUDGETS)}, max_steps")
             return stands_in
         kinds = [kind for kind in BUDGETS if kind in budget]
