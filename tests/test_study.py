@@ -247,6 +247,12 @@ def test_two_runs_of_one_recipe_are_refused(tmp_path):
     assert any("a value is given twice" in problem for problem in problems(tmp_path, content))
     content["grid"] = [{"method": ["sft"]}, {"system_prompt": ["Be brief.", "Be brief?"]}]
     assert any("names two runs" in problem for problem in problems(tmp_path, content))
+    content["grid"] = [{"method": ["sft"]}, {"completion_store": ["a", "b"]}]
+    found = problems(tmp_path, content)
+    assert (
+        "sft-completion_store_a-seed_1 and sft-completion_store_b-seed_1 are the same run"
+        in found[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,15 +173,17 @@ def _placed(problem: str, study: Study, origins: dict[str, str]) -> str:
 def _twice(runs: list[Run]) -> list[str]:
     """Runs that would be the same, or share a folder."""
     problems = []
-    for one, other in itertools.combinations(runs, 2):
-        if one.name == other.name:
+    names: set[str] = set()
+    hashes: dict[str, str] = {}
+    for run in runs:
+        first = hashes.setdefault(run.hash, run.name)
+        if run.name in names:
             problems.append(
-                f"{one.name}: names two runs; let each axis begin with a key of short distinct values"
+                f"{run.name}: names two runs; let each axis begin with a key of short distinct values"
             )
-        elif one.hash == other.hash:
-            problems.append(
-                f"{one.name} and {other.name} are the same run: their recipes do not differ"
-            )
+        elif first != run.name:
+            problems.append(f"{first} and {run.name} are the same run: their recipes do not differ")
+        names.add(run.name)
     return problems
 
 
