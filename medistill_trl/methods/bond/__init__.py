@@ -51,7 +51,8 @@ class BondConfig(OnPolicyConfig):
     there: best-of-N ranks whole completions by a reward that does not change with the student."""
 
     NAME = "bond"
-    LIMITS = {  # see schema.py
+    TRAINS_ON = "student"  # see schema.py
+    LIMITS = {
         "num_samples": {"min": 2},
         "jeffreys_beta": {"min": 0, "max": 1},
         "anchor_ema": {"min": 0, "max": 1},

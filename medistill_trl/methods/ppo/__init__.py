@@ -48,7 +48,8 @@ class PPODistillConfig(PPOConfig):
     """`trl.experimental.ppo.PPOConfig` plus the reward, and the coefficients under the report's names; keys of it that
     would change nothing here are refused."""
 
-    LIMITS = {  # see schema.py
+    TRAINS_ON = "student"  # see schema.py
+    LIMITS = {
         "gamma": {"min": 0, "max": 1},
         "lam": {"min": 0, "max": 1},
         "kl_coef": {"min": 0},
