@@ -121,3 +121,21 @@ def test_killed_and_resumed_it_earns_the_same_rewards(tiny_overlay, tmp_path):
     for name in ("reward_mean", "kl_to_teacher_nats", "kl_to_start_nats"):
         assert logged(killed, name) == logged(straight, name)
     assert record(killed)["tokens"] == record(straight)["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_ddp.yaml"])
+def test_the_embedded_pair(tmp_path, model_cache, config):
+    flags = ["--per_device_train_batch_size", 2, "--num_generations", 2, "--max_steps", 2]
+    flags += [
+        "--teacher_max_new_tokens",
+        16,
+        "--heldout_prompts",
+        2,
+        "--output_dir",
+        tmp_path / "e",
+    ]
+    result = launch(RECIPE, "recipes/overlays/embedded.yaml", *flags, config=config, timeout=900)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(logged(tmp_path / "e", "reward_mean")) == 2
+    assert all(norm > 0 for norm in logged(tmp_path / "e", "grad_norm"))
