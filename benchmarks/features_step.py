@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.kd_step import MODES, ROOT, machine, ratio_with_spread, say
+from benchmarks.kd_step import MODES, ROOT, machine, say
 from benchmarks.kd_variants import embedded_pair, random_rows, tiny_pair
 from medistill_trl import console
 from medistill_trl.checkpoints import Totals
@@ -208,6 +208,12 @@ def peak(variant: str, mode: str, batch: int, tokens: int, tiny: bool) -> int:
 # --- the report
 
 
+def paired_ratio(numerators: list[float], denominators: list[float]) -> str:
+    """Median and range of the ratios within repetitions, whose speeds differ on a shared machine."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
 def compare(given: argparse.Namespace, mode: str) -> str:
     """One mode's section."""
     say(f"== {MODES[mode]}")
@@ -225,7 +231,7 @@ def compare(given: argparse.Namespace, mode: str) -> str:
         "|---|---|---|---|---|",
     ]
     for name, times in seconds.items():
-        cells = [f"{median(times):.2f}", ratio_with_spread(times, seconds["plain"])]
+        cells = [f"{median(times):.2f}", paired_ratio(times, seconds["plain"])]
         cells += [f"{memory[name] / 1e9:.3f}", f"{memory[name] / memory['plain']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     found = memory["ours"] / memory["plain"]
