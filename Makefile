@@ -15,7 +15,7 @@ help:
 	@echo "make test      lint and test"
 	@echo "make test-all  the same with the slow proofs"
 	@echo "make reproduce the report's comparison of SFT and Logit-KD, three seeds (half an hour; may be interrupted)"
-	@echo "make bench     time and memory of a Logit-KD step beside TRL's GKD (a quarter of an hour)"
+	@echo "make bench     time and memory of a step of Logit-KD, FitNets and attention transfer (half an hour)"
 	@echo "make setup     only the virtual environment .venv"
 	@echo "make clean     remove .venv"
 
@@ -51,6 +51,9 @@ reproduce: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks.kd_step
+	@$(BIN)/python -m benchmarks.features_step
+	@$(BIN)/python -m benchmarks.attention_step --modes lora
+	@$(BIN)/python -m benchmarks.attention_step --modes lora --bf16
 
 clean:
 	rm -rf $(VENV)

@@ -99,7 +99,7 @@ class LeastSquares:
     """The affine map with the least squared error, with the ridge that serves other completions best.
 
     A first batch has hardly more tokens than the states have dimensions. An exact fit to it then amplifies
-    whatever is new: on the embedded pair it doubles the error on other completions, and the loss rises as soon
+    whatever is new: on the embedded pair it is 1.1 to 2.4 times as wrong on other completions, and the loss rises as soon
     as the student moves. So every fourth completion is held out to choose the ridge, and then fitted too.
     """
 
