@@ -29,6 +29,7 @@ from medistill_trl.losses.policy import at_last
 from medistill_trl.prompts import encode_example
 from medistill_trl.rationales import RationaleFormat
 from medistill_trl.rollouts import Sample, encode_sample
+from medistill_trl.setting import Setting
 from medistill_trl.teacher import Teacher, completion_log_probs
 
 KINDS = ("teacher_logprob", "token_kl", "sequence")
@@ -111,6 +112,22 @@ class TeacherReward:
     is_right: Callable[[str, str], bool] = answer_is_right
     batch_size: int = 8
     chunk_size: int = CHUNK_SIZE
+
+    @classmethod
+    def of(cls, setting: Setting) -> "TeacherReward":
+        """By the recipe's keys."""
+        args = setting.arguments.training
+        return cls(
+            setting.teacher,
+            setting.heldout.shared,
+            args.reward,
+            args.logprob_reduction,
+            args.likelihood_weight,
+            args.correctness_weight,
+            args.truncation_penalty,
+            batch_size=args.per_device_train_batch_size,
+            chunk_size=args.loss_chunk_size,
+        )
 
     def __post_init__(self):
         check_pair(self.kind, self.shared)

@@ -10,12 +10,41 @@ from itertools import takewhile
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl.trainer.utils import RepeatSampler
 
+from medistill_trl.data import Prompt
+from medistill_trl.errors import UserError
 from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.setting import Arguments
 from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts
+
+
+def prompt_rows(prompts: Sequence[Prompt]) -> Dataset:
+    """What a sample is written for: rows of `question` and `answer`."""
+    return Dataset.from_list([{"question": p.question, "answer": p.answer} for p in prompts])
+
+
+def longest_completion(arguments: Arguments) -> int:
+    """Tokens a sample may have: `max_completion_length`, or as many as the teacher's completions."""
+    asked = arguments.training.max_completion_length
+    return arguments.teacher.teacher_max_new_tokens if asked is None else asked
+
+
+def check_lengths(arguments: Arguments) -> None:
+    """Refuse samples that would not fit into `max_length`.
+
+    Raises:
+        UserError: naming both lengths.
+    """
+    longest = arguments.data.max_prompt_tokens + longest_completion(arguments)
+    limit = arguments.training.max_length
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: {limit}"
+        )
 
 
 @dataclass(frozen=True)

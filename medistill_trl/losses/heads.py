@@ -10,10 +10,8 @@ Shapes: C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
@@ -21,27 +19,35 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-@contextmanager
-def last_hidden_states(model: PreTrainedModel) -> Iterator[SimpleNamespace]:
-    """Keeps the decoder's last hidden states, after the final norm, of the forward passes within.
-
-    For losses that do without logits but need a forward of the whole model, which is what DDP sees.
+def states_before_head(
+    model: nn.Module, student: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward of a student that trains, for losses that go through the head themselves.
 
     Args:
-        model: A causal language model, not wrapped by DDP; `hidden_BTH` of what is yielded is set by
-            its forward.
+        model: The student, wrapped as it trains: DDP must see a forward of the whole.
+        student: The same model, not wrapped by DDP.
+        inputs: `input_ids` and `attention_mask`, (B, T).
+
+    Returns:
+        The decoder's last hidden states, after the final norm, (B, T, H), and the logits of the last
+        position alone, (B, 1, V); both with their graph.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    seen = SimpleNamespace(hidden_BTH=None)
-
-    def keep(module, inputs, output):
-        seen.hidden_BTH = output.last_hidden_state
-
-    hook = base.get_decoder().register_forward_hook(keep)
+    base = student.get_base_model() if isinstance(student, PeftModel) else student
+    seen = []
+    hook = base.get_decoder().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.last_hidden_state)
+    )
     try:
-        yield seen
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=1,
+            use_cache=False,
+        )
     finally:
         hook.remove()
+    return seen[-1], output.logits
 
 
 class Projection(ABC):

@@ -24,7 +24,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses import divergences
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
@@ -232,15 +232,8 @@ class LogitKDTrainer(GKDTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.accelerator.unwrap_model(model)
-        with last_hidden_states(student) as seen:
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        student_NH, targets_N = completion_states(seen.hidden_BTH, inputs["labels"])
+        hidden_BTH, _ = states_before_head(model, student, inputs)
+        student_NH, targets_N = completion_states(hidden_BTH, inputs["labels"])
         compared_N = inputs["compared"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
         teacher_NH = self._teacher_states(inputs).to(student_NH.device)
         parts = [(slice(None), self.args.alpha)]

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from medistill_trl.layers import run_through
 from medistill_trl.losses.attention import AttentionInputs, attention_loss
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.attention.capture import captured_attention, check_attention
@@ -125,26 +125,17 @@ class AttentionTrainer(SFTTrainer):
         student = self.accelerator.unwrap_model(model)
         # The teacher goes first, so that what its forward needs is gone when the student's is kept.
         teacher = self._teacher_attention(inputs) if alpha > 0 else []
-        with (
-            last_hidden_states(student) as seen,
-            captured_attention(student, self.student_layers) as captured,
-        ):
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            output = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
+        with captured_attention(student, self.student_layers) as captured:
+            hidden_BTH, last_logits = states_before_head(model, student, inputs)
         attention = [captured[layer].inputs() for layer in self.student_layers]
         if alpha < 1:
             tokens = num_items_in_batch
             if tokens is None:
                 tokens = (inputs["labels"] != IGNORED).sum().clamp_min(1)
-            loss = (1 - alpha) * self._cross_entropy(student, seen.hidden_BTH, inputs) / tokens
+            loss = (1 - alpha) * self._cross_entropy(student, hidden_BTH, inputs) / tokens
         else:
             # DDP waits for every trained weight's gradient, also of those behind the last mapped layer.
-            loss = 0 * output.logits.sum()
+            loss = 0 * last_logits.sum()
         if alpha > 0:
             loss = loss + alpha * self._attention_loss(attention, teacher, inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

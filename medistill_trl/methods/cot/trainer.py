@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from medistill_trl.checkpoints import Totals
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.prompts import IGNORED, PromptFormat
@@ -71,15 +71,8 @@ class CoTTrainer(SFTTrainer):
         if self.uniform or not model.training:  # evaluation is on plain completions
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
-        with last_hidden_states(student) as seen:
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        states_NH, targets_N = completion_states(seen.hidden_BTH, inputs["labels"])
+        hidden_BTH, _ = states_before_head(model, student, inputs)
+        states_NH, targets_N = completion_states(hidden_BTH, inputs["labels"])
         rationale_N = mask_BT[:, 1:][inputs["labels"][:, 1:] != IGNORED].bool()
         parts = {
             "rationale": (rationale_N, self.args.rationale_weight),

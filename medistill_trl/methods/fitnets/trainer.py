@@ -17,7 +17,7 @@ from trl import SFTTrainer
 
 from medistill_trl.layers import captured, run_through
 from medistill_trl.losses.features import FeatureLoss
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.fitnets.projections import (
@@ -108,14 +108,8 @@ class FitNetsTrainer(SFTTrainer):
         teacher_states = self._teacher_states(inputs)
         student = self.accelerator.unwrap_model(model)
         layers = [layer for layer, _ in self.pairs]
-        with last_hidden_states(student) as seen, captured(student, layers) as states:
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
+        with captured(student, layers) as states:
+            hidden_BTH, last_logits = states_before_head(model, student, inputs)
         student_states = [self._compared(states[layer], inputs, "") for layer in layers]
         compared = inputs.get("num_compared")
         if compared is None:
@@ -125,11 +119,11 @@ class FitNetsTrainer(SFTTrainer):
             tokens = num_items_in_batch
             if tokens is None:
                 tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-            ce = self._cross_entropy(student, seen.hidden_BTH, inputs["labels"])
+            ce = self._cross_entropy(student, hidden_BTH, inputs["labels"])
             loss = loss + (1 - self.args.alpha) * ce / tokens.clamp_min(1)
         else:
             # What lies behind the last mapped layer gets a gradient of zero, which DDP waits for.
-            loss = loss + 0 * outputs.logits.sum()
+            loss = loss + 0 * last_logits.sum()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
         return (loss, ModelOutput()) if return_outputs else loss

@@ -15,7 +15,6 @@ resumed run differs), its advantages (of whole sequences, scaled) and its loss (
 
 from dataclasses import MISSING, dataclass, field, fields
 
-from datasets import Dataset
 from trl import GRPOConfig
 from trl.trainer.base_config import _BaseConfig
 
@@ -25,6 +24,7 @@ from medistill_trl.memory_plan import policy_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
 from medistill_trl.rewards import TeacherReward, check_pair
+from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
 from medistill_trl.vocabulary import shared_vocabulary
@@ -157,37 +157,17 @@ def build(setting: Setting) -> OnPolicyTrainer:
 def build_with(trainer: type[OnPolicyTrainer], setting: Setting) -> OnPolicyTrainer:
     """`build`, for a subclass."""
     args, teacher_args = setting.arguments.training, setting.arguments.teacher
-    args.max_completion_length = _longest_completion(setting.arguments)
-    reward = TeacherReward(
-        setting.teacher,
-        setting.heldout.shared,
-        args.reward,
-        args.logprob_reduction,
-        args.likelihood_weight,
-        args.correctness_weight,
-        args.truncation_penalty,
-        batch_size=args.per_device_train_batch_size,
-        chunk_size=args.loss_chunk_size,
-    )
-    prompts, heldout = (
-        Dataset.from_list([{"question": p.question, "answer": p.answer} for p in prompts])
-        for prompts in (setting.train_prompts, setting.heldout.prompts)
-    )
+    args.max_completion_length = longest_completion(setting.arguments)
     return trainer(
         model=setting.student,
         args=args,
-        train_dataset=prompts,
-        eval_dataset=heldout,
-        reward=reward,
+        train_dataset=prompt_rows(setting.train_prompts),
+        eval_dataset=prompt_rows(setting.heldout.prompts),
+        reward=TeacherReward.of(setting),
         form=setting.form,
         totals=setting.totals,
         write_batch_size=teacher_args.teacher_batch_size,
     )
-
-
-def _longest_completion(arguments: Arguments) -> int:
-    asked = arguments.training.max_completion_length
-    return arguments.teacher.teacher_max_new_tokens if asked is None else asked
 
 
 def check(arguments: Arguments, loaded: Loaded) -> None:
@@ -197,12 +177,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
         args.reward,
         shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer),
     )
-    longest = arguments.data.max_prompt_tokens + _longest_completion(arguments)
-    if args.max_length is not None and longest > args.max_length:
-        raise UserError(
-            f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: "
-            f"{args.max_length}"
-        )
+    check_lengths(arguments)
     needed = args.generation_batch_size // args.num_generations
     if needed > len(loaded.train_prompts):
         raise UserError(

@@ -14,7 +14,7 @@ from peft import PeftModel
 from trl import GRPOTrainer
 
 from medistill_trl.checkpoints import Totals
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.policy import policy_loss, sequence_advantages, token_advantages
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
@@ -206,15 +206,8 @@ class OnPolicyTrainer(GRPOTrainer):
     # --- the loss --------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with last_hidden_states(self.accelerator.unwrap_model(model)) as seen:
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        states_NH, tokens_N = completion_states(seen.hidden_BTH, inputs["labels"])
+        hidden_BTH, _ = states_before_head(model, self._student, inputs)
+        states_NH, tokens_N = completion_states(hidden_BTH, inputs["labels"])
         args, reused = self.args, "old_log_probs_N" in inputs
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         with self.accelerator.autocast():

@@ -14,7 +14,6 @@ model card; see `trainer`.
 from dataclasses import dataclass, field, fields
 
 import torch
-from datasets import Dataset
 from transformers import PretrainedConfig
 from trl.experimental.ppo import PPOConfig
 from trl.trainer.base_config import _BaseConfig
@@ -25,6 +24,7 @@ from medistill_trl.memory_plan import GB, Part, policy_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.ppo.trainer import PPODistillTrainer
 from medistill_trl.rewards import TeacherReward, check_pair
+from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
 from medistill_trl.vocabulary import shared_vocabulary
@@ -186,42 +186,22 @@ def build(setting: Setting) -> PPODistillTrainer:
     """The trainer. Completions of the teacher are not used, only its judgement."""
     args, teacher_args = setting.arguments.training, setting.arguments.teacher
     student_args = setting.arguments.student
-    args.max_completion_length = _longest_completion(setting.arguments)
+    args.max_completion_length = longest_completion(setting.arguments)
     if student_args.student_load_in_4bit or student_args.student_load_in_8bit:
         # As TRL's stable trainers do (QLoRA, arXiv 2305.14314, section 3), so that methods compare.
         for parameter in setting.student.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
-    reward = TeacherReward(
-        setting.teacher,
-        setting.heldout.shared,
-        args.reward,
-        args.logprob_reduction,
-        args.likelihood_weight,
-        args.correctness_weight,
-        args.truncation_penalty,
-        batch_size=args.per_device_train_batch_size,
-        chunk_size=args.loss_chunk_size,
-    )
-    prompts, heldout = (
-        Dataset.from_list([{"question": p.question, "answer": p.answer} for p in prompts])
-        for prompts in (setting.train_prompts, setting.heldout.prompts)
-    )
     return PPODistillTrainer(
         model=setting.student,
         args=args,
-        train_dataset=prompts,
-        eval_dataset=heldout,
-        reward=reward,
+        train_dataset=prompt_rows(setting.train_prompts),
+        eval_dataset=prompt_rows(setting.heldout.prompts),
+        reward=TeacherReward.of(setting),
         form=setting.form,
         totals=setting.totals,
         write_batch_size=teacher_args.teacher_batch_size,
     )
-
-
-def _longest_completion(arguments: Arguments) -> int:
-    asked = arguments.training.max_completion_length
-    return arguments.teacher.teacher_max_new_tokens if asked is None else asked
 
 
 def check(arguments: Arguments, loaded: Loaded) -> None:
@@ -236,12 +216,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
             f"recipe: kl_coef must be 0 with use_lora: false, got {args.kl_coef}: the start policy is the student "
             "without its adapter"
         )
-    longest = arguments.data.max_prompt_tokens + _longest_completion(arguments)
-    if args.max_length is not None and longest > args.max_length:
-        raise UserError(
-            f"recipe: max_prompt_tokens + max_completion_length is {longest}, more than max_length: "
-            f"{args.max_length}"
-        )
+    check_lengths(arguments)
     needed = args.rollout_size * args.world_size
     if needed > len(loaded.train_prompts):
         raise UserError(

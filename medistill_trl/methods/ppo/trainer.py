@@ -18,7 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses.advantages import Moments, explained_variance, gae, value_loss, whiten
-from medistill_trl.losses.heads import OutputHead, last_hidden_states
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.policy import discounted_returns, policy_loss
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
@@ -255,15 +255,8 @@ class PPODistillTrainer(PPOTrainer):
 
     def _states(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The states that predict completion tokens, (N, H), and those tokens (N,)."""
-        with last_hidden_states(self._student) as seen:
-            # The head sees one position a row, for the sake of DDP, which must see a forward.
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        return completion_states(seen.hidden_BTH, inputs["labels"])
+        hidden_BTH, _ = states_before_head(model, self._student, inputs)
+        return completion_states(hidden_BTH, inputs["labels"])
 
     def _policy_loss(self, states_NH, tokens_N, advantages_N, old_log_probs_N=None) -> tuple:
         args = self.args
