@@ -6,16 +6,16 @@ import math
 import pytest
 import tiny_setting
 import torch
-from test_on_policy import PATTERN, planted_teacher  # noqa: F401 (a fixture)
-from tiny_setting import PROMPTS, check, logged, make_form, train, weights
+from planted_task import PATTERN, assert_reward_rises, planted_teacher
+from tiny_setting import check, logged, make_form, train, weights
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
 from medistill_trl.losses.best_of_n import backward_weights, log_quantile
 from medistill_trl.methods.bond.trainer import FreshSample, fresh_samples
 from medistill_trl.prompts import IGNORED
-from medistill_trl.rollouts import Sample, encode_sample, write_samples
-from medistill_trl.teacher import Completion, Sampling, completion_log_probs
+from medistill_trl.rollouts import Sample, encode_sample
+from medistill_trl.teacher import Completion, completion_log_probs
 
 TINY = {
     "data": {"max_prompt_tokens": 100},
@@ -335,27 +335,13 @@ def test_what_cannot_be_is_refused_before_weights_are_loaded(tmp_path):
 # --- a planted task --------------------------------------------------------------------------------
 
 
-def expected_reward(trainer, samples=32):
-    """The mean reward of fresh samples of every prompt, and its standard error."""
-    student, form = trainer.model, trainer.form
-    rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
-    found = trainer.reward(write_samples(student, form, rows, Sampling(4, 1.0), 12345)).scores_B
-    return found.mean().item(), (found.std() / len(found) ** 0.5).item()
-
-
-def assert_reward_rises(folder, teacher, seed, steps, **options):
+def planted_run(folder, seed, steps, **options):
     setting = make_setting(
-        folder, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps, num_samples=8,
+        folder, teacher_model=planted_teacher(), seed=seed, max_steps=steps, num_samples=8,
         gradient_accumulation_steps=1, max_completion_length=len(PATTERN), optim="adamw_torch",
         lora=True, **{"per_device_train_batch_size": 32, "learning_rate": 1e-2, **options},
     )  # fmt: skip
-    trainer = methods.load("bond").build(setting)
-    before, error_before = expected_reward(trainer)
-    trainer.train()
-    after, error_after = expected_reward(trainer)
-    rise, error = after - before, math.hypot(error_before, error_after)
-    print(f"planted: seed {seed} {options}: {before:.3f} → {after:.3f}, standard error {error:.3f}")
-    assert rise > 5 * error
+    return methods.load("bond").build(setting)
 
 
 OBJECTIVES = {
@@ -371,5 +357,6 @@ OBJECTIVES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_planted_reward_rises_for_every_seed(tmp_path, planted_teacher, seed, name):  # noqa: F811
-    assert_reward_rises(tmp_path, planted_teacher, seed, 100, **OBJECTIVES[name])
+def test_the_planted_reward_rises_for_every_seed(tmp_path, seed, name):
+    trainer = planted_run(tmp_path, seed, 100, **OBJECTIVES[name])
+    assert_reward_rises(trainer, f"bond, {name}, seed {seed}")

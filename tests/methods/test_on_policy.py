@@ -1,19 +1,17 @@
 """On-policy distillation: the loss against the formula, windows, resuming, refusals, a planted task."""
 
-import copy
 import math
 
 import pytest
 import tiny_setting
 import torch
 from conftest import make_model
-from tiny_setting import PROMPTS, check, logged, make_form, train, weights
+from planted_task import PATTERN, assert_reward_rises, planted_teacher
+from tiny_setting import check, logged, make_form, train, weights
 
 from medistill_trl import methods
 from medistill_trl.errors import UserError
 from medistill_trl.prompts import IGNORED
-from medistill_trl.rollouts import encode_sample, write_samples
-from medistill_trl.teacher import Sampling, completion_log_probs
 
 TINY = {
     "data": {"max_prompt_tokens": 100},
@@ -242,57 +240,23 @@ def test_what_does_not_fit_the_data_is_refused(tmp_path, wrong, message):
 
 # --- a planted task --------------------------------------------------------------------------------
 
-PATTERN = [20, 30, 40, 50]
 
-
-@pytest.fixture(scope="module")
-def planted_teacher():
-    """A teacher whose likelihood prefers one pattern of tokens after every prompt."""
-    form = make_form()
-    teacher = make_model(len(form.tokenizer), seed=1)
-    prompts = [form.encode(form.render(prompt.question)) for prompt in PROMPTS]
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
-    for _ in range(25):
-        for ids in prompts[::2]:
-            row = torch.tensor([ids + PATTERN])
-            log_p = teacher(row).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            optimizer.zero_grad()
-            (-log_p[range(4), PATTERN].mean()).backward()
-            optimizer.step()
-    return teacher
-
-
-def expected_reward(trainer, samples=32):
-    """The mean reward of fresh samples of every prompt, and its standard error."""
-    student, form = trainer.model, trainer.form
-    rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
-    written = write_samples(student, form, rows, Sampling(4, 1.0), 12345)
-    own = completion_log_probs(student, [encode_sample(form, one) for one in written])
-    scores = trainer.reward(written, own).scores_B
-    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
-
-
-def assert_reward_rises(tmp_path, teacher, seed, steps, **options):
+def planted_run(folder, seed, steps, **options):
     setting = make_setting(
-        tmp_path, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps,
+        folder, teacher_model=planted_teacher(), seed=seed, max_steps=steps,
         per_device_train_batch_size=16, num_generations=8, gradient_accumulation_steps=1,
-        max_completion_length=4, optim="adamw_torch", learning_rate=3e-3, **options,
+        max_completion_length=len(PATTERN), optim="adamw_torch", learning_rate=3e-3, **options,
     )  # fmt: skip
-    trainer = methods.load("on_policy").build(setting)
-    before, error_before = expected_reward(trainer)
-    trainer.train()
-    after, error_after = expected_reward(trainer)
-    rise, error = after - before, math.hypot(error_before, error_after)
-    print(f"planted: seed {seed} {options}: {before:.3f} → {after:.3f}, standard error {error:.3f}")
-    assert rise > 5 * error
+    return methods.load("on_policy").build(setting)
 
 
-def test_the_planted_reward_rises(tmp_path, planted_teacher):
-    assert_reward_rises(tmp_path, planted_teacher, 2, 40)
+def test_the_planted_reward_rises(tmp_path):
+    assert_reward_rises(planted_run(tmp_path, 2, 40), "on_policy")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
 @pytest.mark.parametrize("reward", ["token_kl", "teacher_logprob"])
-def test_the_planted_reward_rises_for_every_seed(tmp_path, planted_teacher, seed, reward):
-    assert_reward_rises(tmp_path, planted_teacher, seed, 100, reward=reward, num_iterations=2)
+def test_the_planted_reward_rises_for_every_seed(tmp_path, seed, reward):
+    trainer = planted_run(tmp_path, seed, 100, reward=reward, num_iterations=2)
+    assert_reward_rises(trainer, f"on_policy, {reward}, seed {seed}")

@@ -1,19 +1,16 @@
 """PPO's critic, and a planted task that both of its parts solve together."""
 
 import copy
-import math
 
 import pytest
 import torch
-from conftest import make_model
+from planted_task import PATTERN, assert_reward_rises, planted_teacher
 from ppo_runs import build, make_setting, trained
-from tiny_setting import PROMPTS, logged, make_form
+from tiny_setting import PROMPTS, logged
 
 from medistill_trl import methods
 from medistill_trl.losses.advantages import Moments
 from medistill_trl.methods.ppo import value_head
-from medistill_trl.rollouts import encode_sample, write_samples
-from medistill_trl.teacher import Sampling, completion_log_probs
 
 # --- the critic ------------------------------------------------------------------------------------
 
@@ -85,61 +82,26 @@ def test_the_value_head_has_its_own_learning_rate(tmp_path):
 
 # --- a planted task --------------------------------------------------------------------------------
 
-PATTERN = [20, 30, 40, 50]
 
-
-@pytest.fixture(scope="module")
-def planted_teacher():
-    """A teacher whose likelihood prefers one pattern of tokens after every prompt."""
-    form = make_form()
-    teacher = make_model(len(form.tokenizer), seed=1)
-    prompts = [form.encode(form.render(prompt.question)) for prompt in PROMPTS]
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
-    for _ in range(25):
-        for ids in prompts[::2]:
-            row = torch.tensor([ids + PATTERN])
-            log_p = teacher(row).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            optimizer.zero_grad()
-            (-log_p[range(4), PATTERN].mean()).backward()
-            optimizer.step()
-    return teacher
-
-
-def expected_reward(trainer, samples=32):
-    """The mean reward of fresh samples of every prompt, and its standard error."""
-    student, form = trainer.model, trainer.form
-    rows = [{"question": p.question, "answer": None} for p in PROMPTS for _ in range(samples)]
-    written = write_samples(student, form, rows, Sampling(4, 1.0), 12345)
-    own = completion_log_probs(student, [encode_sample(form, one) for one in written])
-    scores = trainer.reward(written, own).scores_B
-    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
-
-
-def assert_reward_rises(folder, teacher, seed, steps, **options):
-    trainer = build(
-        folder, teacher_model=copy.deepcopy(teacher), seed=seed, max_steps=steps, num_mini_batches=1,
-        per_device_train_batch_size=32, gradient_accumulation_steps=1, max_completion_length=4,
-        prompts=[prompt for prompt in PROMPTS for _ in range(4)], optim="adamw_torch",
+def planted_run(folder, seed, steps, **options):
+    return build(
+        folder, teacher_model=planted_teacher(), seed=seed, max_steps=steps, num_mini_batches=1,
+        per_device_train_batch_size=32, gradient_accumulation_steps=1,
+        max_completion_length=len(PATTERN), optim="adamw_torch",
+        prompts=[prompt for prompt in PROMPTS for _ in range(4)],
         learning_rate=1e-3, value_learning_rate=3e-2, **options,
     )  # fmt: skip
-    before, error_before = expected_reward(trainer)
-    trainer.train()
-    after, error_after = expected_reward(trainer)
-    rise, error = after - before, math.hypot(error_before, error_after)
-    explained = logged(trainer, "explained_variance")
-    print(
-        f"planted: seed {seed} {options}: {before:.3f} → {after:.3f}, standard error {error:.3f}, "
-        f"explained variance {explained[0]:.2f} → {explained[-1]:.2f}"
-    )
-    assert rise > 5 * error
 
 
-def test_the_planted_reward_rises(tmp_path, planted_teacher):
-    assert_reward_rises(tmp_path, planted_teacher, 2, 50, reward="teacher_logprob")
+def test_the_planted_reward_rises(tmp_path):
+    assert_reward_rises(planted_run(tmp_path, 2, 50, reward="teacher_logprob"), "ppo")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
 @pytest.mark.parametrize("reward", ["token_kl", "teacher_logprob"])
-def test_the_planted_reward_rises_for_every_seed(tmp_path, planted_teacher, seed, reward):
-    assert_reward_rises(tmp_path, planted_teacher, seed, 100, reward=reward)
+def test_the_planted_reward_rises_for_every_seed(tmp_path, seed, reward):
+    trainer = planted_run(tmp_path, seed, 100, reward=reward)
+    assert_reward_rises(trainer, f"ppo, {reward}, seed {seed}")
+    explained = logged(trainer, "explained_variance")
+    print(f"explained variance {explained[0]:.2f} → {explained[-1]:.2f}")
