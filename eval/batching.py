@@ -12,7 +12,7 @@ from medistill_trl.errors import RunFailed
 
 logger = logging.getLogger(__name__)
 
-ON_CPU = 8  # more does not go faster there
+ON_CPU = 16  # writes 1.4 times as fast as 8; 32 no faster
 ON_DEVICE = 64  # where halving begins
 Item = TypeVar("Item")
 Result = TypeVar("Result")
