@@ -83,6 +83,20 @@ def read_trains_on(module: str, class_name: str) -> str:
     return _declared(_require_class(module, class_name)[1], "TRAINS_ON") or "teacher"
 
 
+def read_about(module: str) -> tuple[str, str]:
+    """What a method is, in one line, and where it comes from: the beginning of its docstring, and the `paper`
+    of its `METHOD`."""
+    tree = _parse(_module_path(module))
+    papers = [
+        ast.literal_eval(keyword.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "METHOD"
+        for keyword in node.value.keywords
+        if keyword.arg == "paper"
+    ]
+    return ast.get_docstring(tree).partition("\n")[0], papers[0]
+
+
 def _require_class(module: str, class_name: str) -> tuple[Path, ast.ClassDef]:
     path = _module_path(module)
     found = _find_class(path, class_name) if path else None
