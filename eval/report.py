@@ -5,7 +5,7 @@ import html
 from pathlib import Path
 
 from medistill_trl.files import write_text
-from medistill_trl.hub import METRICS
+from medistill_trl.hub.card import METRICS
 from medistill_trl.run_directory import RunDirectory
 
 PAGE = """<!doctype html>

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from transformers import Trainer
 
 from medistill_trl import run_record
-from medistill_trl.hub import write_model_card
+from medistill_trl.hub.card import write_model_card
 from medistill_trl.inputs import Loaded
 from medistill_trl.recipe import Recipe
 from medistill_trl.run_directory import RunDirectory

@@ -46,6 +46,10 @@ class RunDirectory:
         return self.path / "results"
 
     @property
+    def evaluation(self) -> Path:
+        return self.results / "comprehensive_evaluation.json"
+
+    @property
     def complete(self) -> Path:
         return self.path / "COMPLETE"
 
