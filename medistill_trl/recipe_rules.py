@@ -68,7 +68,7 @@ REFUSED = {
 # Hub tokens, and keys that look as if they held a credential.
 SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})\b"
-    r"|://[^/\s:@]+:[^/\s@]+@"  # a password in an address
+    r"|://[^/\s:@\"]+:[^/\s@\"]+@"  # a password in an address, which holds no quotation mark
 )
 SECRET_KEY = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
 
