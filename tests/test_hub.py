@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,14 @@ def test_the_same_files_are_not_committed_twice(hub, run):
     assert not again.changed
     assert again.commit == first.commit
     assert len(hub.repositories[REPO].messages) == 2
+
+
+def test_a_run_may_be_named_by_a_dot(hub, run, monkeypatch):
+    monkeypatch.chdir(run.path)
+    push(hub, card.RunDirectory(Path()))
+    repository = hub.repositories[REPO]
+    assert repository.messages[-1] == "Push sft_x"
+    assert b"\n# sft_x\n" in repository.files()["README.md"]
 
 
 # --- who sees it
