@@ -168,7 +168,8 @@ def _send(api: HfApi, additions: list[CommitOperationAdd], target: Target) -> No
             ),
             waits=(),
         )
-    except RuntimeError as error:  # huggingface_hub raises it from what went wrong with a file
+    # RuntimeError: raised from what went wrong with a file. PermissionError: Xet's, of a login that may not write.
+    except (RuntimeError, PermissionError) as error:
         raise RunFailed(
             f"uploading: {first_line(error)} ({first_line(error.__cause__ or error)}). Push again later; what has "
             "arrived is not sent again"
