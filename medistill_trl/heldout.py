@@ -127,20 +127,28 @@ class HeldoutCheck:
         return cls(student_form, teacher, prompts, completions, autocast)
 
     def measure(self, student: PreTrainedModel) -> dict[str, float | int | str | None]:
-        """Compare the models; every process measures its share and all get the total.
+        """Compare the models and sum up: `summary` of `compare`."""
+        return self.summary(self.compare(student))
 
-        Returns:
-            `kl_nats`, `ce_nats` and `top1`, means over completion tokens, and `bits_per_byte`. For
-            tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so.
-        """
+    def compare(self, student: PreTrainedModel) -> list[Sums]:
+        """The sums of each completion, in the prompts' order; every process measures its share and all get all."""
         was_training = student.training
         student.eval()
         state = PartialState()
         mine = range(state.process_index, len(self.prompts), state.num_processes)
         with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
-            total = sum((self._compare(student, index) for index in mine), Sums())
+            found = [(index, self._compare(student, index)) for index in mine]
         student.train(was_training)
-        total = sum(gather_object([total]), Sums())
+        return [sums for _, sums in sorted(gather_object(found), key=lambda entry: entry[0])]
+
+    def summary(self, sums: list[Sums]) -> dict[str, float | int | str | None]:
+        """What all completions together come to.
+
+        Returns:
+            `kl_nats`, `ce_nats` and `top1`, means over completion tokens, and `bits_per_byte`. For
+            tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so.
+        """
+        total = sum(sums, Sums())
         if total.tokens == 0:
             raise UserError(
                 f"teacher {self.teacher.identity} wrote nothing on {len(self.prompts)} validation prompts: "
@@ -158,6 +166,22 @@ class HeldoutCheck:
             note = "teacher and student have different tokenizers: KL and top-1 are not defined"
             result |= {"kl_nats": None, "top1": None, "note": note}
         return result
+
+    def records(self, sums: list[Sums]) -> list[dict]:
+        """A record for each completion: `id`, `tokens`, `bytes`, and sums over its tokens, `kl_nats`, `ce_nats` and
+        `agreed`; what different tokenizers leave undefined is None."""
+        defined = self.shared is not None
+        return [
+            {
+                "id": prompt.id,
+                "tokens": found.tokens,
+                "bytes": found.num_bytes,
+                "kl_nats": found.kl if defined else None,
+                "ce_nats": found.ce,
+                "agreed": found.agreed if defined else None,
+            }
+            for prompt, found in zip(self.prompts, sums, strict=True)
+        ]
 
     @torch.no_grad()
     def _compare(self, student: PreTrainedModel, index: int) -> Sums:

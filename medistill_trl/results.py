@@ -20,8 +20,10 @@ def measure_before(setting: Setting, directory: RunDirectory) -> dict:
     """The held-out check of the untrained student; measured once and kept over resumes."""
     name = "heldout_before.json"
     if not (directory.results / name).exists():
+        sums = setting.heldout.compare(setting.student)
         before = {
-            "measured": setting.heldout.measure(setting.student),
+            "measured": setting.heldout.summary(sums),
+            "records": setting.heldout.records(sums),
             "answers": setting.heldout.examples(
                 setting.student, setting.arguments.teacher.teacher_max_new_tokens
             ),
@@ -52,8 +54,9 @@ def write_results(
     loaded: Loaded,
     before: dict,
 ) -> None:
-    """Final model, model card, run.json and the held-out examples."""
-    after = setting.heldout.measure(setting.student)
+    """Final model, model card, run.json, and of the held-out check the examples and the records per prompt."""
+    sums = setting.heldout.compare(setting.student)
+    after = setting.heldout.summary(sums)
     answers = setting.heldout.examples(
         setting.student, setting.arguments.teacher.teacher_max_new_tokens
     )
@@ -74,6 +77,10 @@ def write_results(
     (directory.final_model / "training_args.bin").unlink(missing_ok=True)
     directory.write_result("run.json", record)
     directory.write_result("heldout_examples.json", _examples(setting, before["answers"], answers))
+    stages = {"before": before["records"], "after": setting.heldout.records(sums)}
+    directory.write_items(
+        "heldout", [{"stage": stage, **row} for stage, rows in stages.items() for row in rows]
+    )
     write_model_card(directory, record)
 
 

@@ -126,5 +126,10 @@ class RunDirectory:
     def write_result(self, name: str, content: dict) -> None:
         write_text(self.results / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
+    def write_items(self, part: str, rows: list[dict]) -> None:
+        """results/items/<part>.jsonl: a record for each item, for paired tests."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_text(self.results / "items" / f"{part}.jsonl", "".join(lines))
+
     def read_result(self, name: str) -> dict:
         return json.loads((self.results / name).read_text(encoding="utf-8"))

@@ -92,6 +92,24 @@ def test_the_check_equals_the_plain_formula_on_shifted_positions(tmp_path):
     assert measured["tokens"] == tokens
 
 
+def test_each_completion_has_its_record(tmp_path):
+    check = make_check(tmp_path, make_form())
+    student = make_model(len(check.student_form.tokenizer), seed=3).eval()
+    sums = check.compare(student)
+    records, measured = check.records(sums), check.summary(sums)
+    assert [record["id"] for record in records] == ["p0", "p1", "p2"]
+    total = {
+        key: sum(record[key] for record in records)
+        for key in ("kl_nats", "ce_nats", "agreed", "tokens")
+    }
+    assert total["tokens"] == measured["tokens"]
+    assert total["kl_nats"] / total["tokens"] == pytest.approx(measured["kl_nats"])
+    assert total["ce_nats"] / total["tokens"] == pytest.approx(measured["ce_nats"])
+    assert total["agreed"] / total["tokens"] == pytest.approx(measured["top1"])
+    check.prompts, check.completions = check.prompts[1:2], check.completions[1:2]
+    assert check.records(check.compare(student)) == [pytest.approx(records[1])]
+
+
 def test_an_end_token_is_scored_only_if_the_teacher_chose_it(tmp_path):
     check = make_check(tmp_path, make_form())
     ids = check.completions[0].token_ids
@@ -121,6 +139,10 @@ def test_different_tokenizers_get_no_kl_and_are_told_why(tmp_path):
     assert measured["top1"] is None
     assert "different tokenizers" in measured["note"]
     assert measured["bits_per_byte"] > 0
+    record = check.records(check.compare(make_model(len(check.student_form.tokenizer))))[0]
+    assert record["kl_nats"] is None
+    assert record["agreed"] is None
+    assert record["ce_nats"] > 0
 
 
 def test_the_students_mode_is_restored(tmp_path):
