@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
             from eval.report import write_report
 
             training_curves(directory)
-            report = write_report(directory)
+            report = write_report(directory.path)
             directory.mark_complete()
             print(f"\nfinished: {directory.path}\nreport:   {report}")
     except UserError as error:
