@@ -3,9 +3,9 @@
     python -m eval.run outputs/RUN [--data data] [--tasks benchmarks ...] [--limit N]
     python -m eval.run --model ID_OR_PATH [--teacher ID_OR_PATH] [--out DIR]
 
-Results: outputs/RUN/results/comprehensive_evaluation.json and results/items/*.jsonl. What was computed
-once is kept (in MEDISTILL_CACHE), so an evaluation that was interrupted is continued by the same command.
-docs/evaluation.md says what the numbers are.
+Results: comprehensive_evaluation.json, items/*.jsonl and report.html in outputs/RUN/results. What was
+computed once is kept (in MEDISTILL_CACHE), so an evaluation that was interrupted is continued by the same
+command. docs/evaluation.md says what the numbers are.
 """
 
 import argparse
@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from eval import data_files
 from eval.options import ModelOptions, Options, add_flags, from_flags
+from eval.report import write_report
 from medistill_trl import console
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
@@ -178,14 +179,16 @@ def main(arguments: list[str]) -> int:
         _check_alone()
         console.set_up(main_process=True)
         logging.getLogger("eval").setLevel(logging.INFO)
-        path = evaluate(parse(arguments))
+        request = parse(arguments)
+        path = evaluate(request)
+        report = write_report(request.out, request.data)
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nmedistill_trl: interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    print(f"\nfinished: {path}")
+    print(f"\nfinished: {path}\nreport:   {report}")
     return 0
 
 
