@@ -61,7 +61,7 @@ class Elements(HTMLParser):
 def text_of(page: str) -> str:
     """What a reader sees, without the items."""
     body = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))  # \\s takes no-break spaces too
 
 
 def items_of(page: str) -> dict:
@@ -103,7 +103,9 @@ def test_what_a_model_wrote_is_data_and_cannot_end_its_element(page):
     assert "<img src=x" not in page
     assert len(Elements(page).texts["script"]) == 2
     answers = [
-        item["student"].get("text") for found in items_of(page)["sets"] for item in found["items"]
+        item["answers"]["student"].get("text")
+        for found in items_of(page)["sets"]
+        for item in found["items"]
     ]
     assert answers.count(ATTACK) == 2
 
@@ -148,8 +150,8 @@ def test_the_change_and_its_interval_by_hand():
 def test_the_verdict_follows_the_interval():
     better = verdict_of([4.0, 4.2, 4.1, 4.3], [2.0, 2.1, 2.2, 2.2])
     assert (better.tone, better.lead) == ("better", "Closer to its teacher than before training")
-    assert "fell from 4.15 to 2.12" in better.sentences[0].replace("2.13", "2.12")
-    assert "51 % of what it was" in better.sentences[0]
+    assert "fell from 4.15 to 2.12 nats per token" in better.sentences[0]
+    assert "51\u00a0% of what it was" in better.sentences[0]
     worse = verdict_of([2.0, 2.1, 2.2, 2.2], [4.0, 4.2, 4.1, 4.3])
     assert (worse.tone, worse.lead) == ("worse", "Further from its teacher than before training")
     unclear = verdict_of([4.0, 4.2, 4.1, 4.3], [2.0, 6.0, 2.5, 5.9])
@@ -209,7 +211,7 @@ def test_a_run_that_is_not_evaluated_says_how_to(tmp_path):
 
 def test_sentences_say_what_the_tests_bear(folder):
     content = json.loads((folder / "results/comprehensive_evaluation.json").read_text())
-    primary, floors = of_evaluation(content)
+    primary, floors = (said.replace("\u00a0", " ") for said in of_evaluation(content))
     worse, better, unclear = primary.split("the student is ")[1].split("; ")
     assert worse.startswith("worse than its teacher on MedQA (")
     assert "p < 0.001" in worse
@@ -248,7 +250,7 @@ def test_an_evaluation_without_a_run_or_a_teacher_has_a_page(tmp_path):
     records.write_text("\n".join(lines) + "\n")
     page = write_report(tmp_path / "eval_x").read_text()
     items = items_of(page)["sets"][0]["items"]
-    assert {item["outcome"] for item in items} == {"right", "wrong"}
+    assert {item["outcomes"]["student"] for item in items} == {"right", "wrong"}
     assert len(items) == 40
     assert "There is no teacher" in page or "there is no teacher" in page
 
@@ -262,7 +264,7 @@ def test_outcomes_are_those_that_retention_counts(folder, page):
         if not found["name"].startswith("benchmarks/"):
             continue
         counted = content["results"]["retention"]["benchmarks"][found["name"].split("/")[1]]
-        outcomes = [item["outcome"] for item in found["items"]]
+        outcomes = [item["outcomes"]["student"] for item in found["items"]]
         for name in ("kept", "lost", "gained"):
             assert outcomes.count(name) == counted[name] > 0
         assert outcomes.count("inherited") + outcomes.count("both_wrong") == counted["both_wrong"]
@@ -295,8 +297,7 @@ def test_questions_of_other_data_are_not_shown(folder, tmp_path, change):
         file.unlink()
     else:
         file.write_text(file.read_text().replace("drug", "food"))
-    content = json.loads((run / "results/comprehensive_evaluation.json").read_text())
-    found = browser(run / "results", content, data)
+    found = browser({"student": run / "results"}, data)
     (why,) = found["missing"]
     assert ("is not there" if change == "gone" else "has changed since the evaluation") in why
     medqa = next(s for s in found["sets"] if s["name"] == "benchmarks/medqa")["items"]
@@ -325,8 +326,9 @@ def test_claims_decide_the_outcome_of_an_answer_from_evidence(tmp_path):
     (tmp_path / "items").mkdir()
     (tmp_path / "items/faithfulness.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation = {"data": {"folder": str(tmp_path), "sha256": {}}}
-    (found,) = browser(tmp_path, evaluation)["sets"]
-    outcomes = {item["id"]: item["outcome"] for item in found["items"]}
+    write_json(tmp_path / "comprehensive_evaluation.json", evaluation)
+    (found,) = browser({"student": tmp_path})["sets"]
+    outcomes = {item["id"]: item["outcomes"]["student"] for item in found["items"]}
     assert outcomes == {"kept": "kept", "lost": "lost", "empty": "no_claims"}
 
 
@@ -353,9 +355,9 @@ def test_the_recipe_is_compared_with_the_shipped_one(folder, page):
 @pytest.mark.parametrize(
     ("form", "value", "shown"),
     [
-        (PERCENT, 0.2812, "28.1 %"),
-        (POINTS, -0.0312, "−3.1 points"),
-        (POINTS, 0.0312, "+3.1 points"),
+        (PERCENT, 0.2812, "28.1\u00a0%"),
+        (POINTS, -0.0312, "−3.1\u00a0points"),
+        (POINTS, 0.0312, "+3.1\u00a0points"),
         (CHANGE, -0.00001, "0.000"),
         (Form(0), 12345, "12,345"),
     ],
@@ -391,7 +393,10 @@ def text(browser, selector):
 @needs_chromium
 def test_the_page_opens_without_a_complaint_and_runs_nothing_of_the_models(opened):
     opened.wait("!document.getElementById('browser').hidden")
-    assert opened.run("document.querySelector('#list .student .text').textContent") == ATTACK
+    assert (
+        opened.run("document.querySelector('#list .answers > div:last-child .text').textContent")
+        == ATTACK
+    )
     assert opened.run("document.images.length") == 1
     assert opened.run("window.ran === undefined")
     assert opened.complaints == []
@@ -421,6 +426,8 @@ def test_tables_sort_both_ways_and_by_keyboard(opened):
     opened.run(f"{header}.firstChild.focus()")
     opened.press("Enter", 13)
     assert opened.run(shown) == sorted(given)
+    opened.press("Enter", 13)
+    assert opened.run(shown) == given
     names = f"[...{column}.tBodies[0].rows].map((row) => row.cells[0].textContent.trim())"
     opened.run(f"{column}.tHead.rows[0].cells[0].firstChild.click()")
     assert opened.run(names) == ["MedMCQA", "MedQA", "PubMedQA"]
@@ -448,12 +455,12 @@ def test_items_are_filtered_searched_and_paged(opened, folder):
     assert opened.run("document.querySelectorAll('#list .options li').length") == 4
     assert (
         opened.run("document.querySelector('#list .options .correct .name').textContent")
-        == "B. drug 37B"
+        == "B. drug 37B right answer"
     )
-    click(opened, "#outcomes button[data-outcome='wrong']")
+    click(opened, "#outcomes button[data-outcome='both_wrong']")
     assert (
         opened.run("document.querySelector('#outcomes [aria-pressed=true]').dataset.outcome")
-        == "wrong"
+        == "both_wrong"
     )
     assert opened.complaints == []
 

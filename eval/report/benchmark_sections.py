@@ -62,7 +62,11 @@ def _accuracies(part: dict, name: str) -> Table:
             ]
         )  # fmt: skip
     columns = ["benchmark", "items", "student", "teacher", "floor", "0 to 100 %"]
-    return Table(columns, rows, "Accuracy, with Wilson's 95 % interval")
+    return Table(
+        columns,
+        rows,
+        "Accuracy with Wilson's 95 % interval; ● student, ■ teacher, dashed the floor",
+    )
 
 
 def _answering(part: dict) -> Table:
@@ -169,7 +173,7 @@ def _retention(protocol: str, part: dict, caption: str) -> Table:
                     number(found[outcome], COUNT, link=(items, outcome))
                     for outcome in ("kept", "lost", "gained")
                 ),
-                number(found["both_wrong"], COUNT, link=(items, "wrong")),
+                number(found["both_wrong"], COUNT, link=(items, "both_wrong")),
                 estimated(found["inherited_errors"], PERCENT),
                 estimated(found["agreement"], PERCENT),
                 number(found["kappa"]),

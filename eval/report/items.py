@@ -1,11 +1,11 @@
-"""The items of a run for the page's browser: each question with its reference and what both models made of it.
+"""The items of a page's browser: each question with its reference and what every model made of it.
 
 Records hold no questions; they stand in the data folder. Its files are read only if they are, byte for byte,
 those that were evaluated. Otherwise the items come without their questions, and the page says why.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,21 +13,65 @@ from eval.data_files import digests, read_rows
 from eval.report.names import PARTS, TITLES
 
 OUTCOMES = {  # in the order of the buttons; the page shows those that occur
-    "kept": "kept: both right",
-    "lost": "lost: only the teacher right",
-    "gained": "gained: only the student right",
-    "inherited": "inherited: both wrong, the same answer",
-    "both_wrong": "both wrong, differently",
-    "right": "right",
-    "wrong": "wrong",
-    "same": "the same words",
-    "different": "other words",
-    "no_claims": "no claims",
+    "kept": ("kept", "both right"),
+    "lost": ("lost", "only the teacher right"),
+    "gained": ("gained", "only the student right"),
+    "both_wrong": ("both wrong", "neither right, the inherited among them"),
+    "inherited": ("inherited", "both wrong, the same answer"),
+    "right": ("right", "no teacher to compare with"),
+    "wrong": ("wrong", "no teacher to compare with"),
+    "same": ("the same words", "the student answers as the teacher does"),
+    "different": ("other words", "the student answers otherwise"),
+    "no_claims": ("no claims", "one of them claims nothing"),
 }
-FIDELITY_SCORES = {
-    "rouge_l": "ROUGE-L",
-    "semantic_similarity": "cosine",
-}
+SCORES = {"rouge_l": "ROUGE-L", "semantic_similarity": "cosine"}
+TEACHER, BEFORE, STUDENT = "teacher", "before training", "student"
+
+Records = dict[str, list[dict]]  # of one part, by student; the teacher's among each
+
+
+def browser(students: Mapping[str, Path], data: Path | None = None) -> dict:
+    """Everything the browser shows, JSON-able.
+
+    Args:
+        students: Name → folder `results` of a run or an evaluation. Of several students what they wrote to a
+            benchmark's questions is left out: the choices stay.
+        data: Where the data build lies now; by default where it was.
+
+    Returns:
+        `outcomes`, names and meanings; `students`; `sets`, each with `name`, `label` and `items`, which have
+        `id`, `question`, `answers` and `outcomes` by student; `questions`, shared by items (`text`, `context`,
+        `options`, `answer`, `reference`); `missing`, why questions are not there.
+    """
+    collected = Collected(list(students))
+    examples = {
+        name: json.loads(path.read_text(encoding="utf-8"))["examples"]
+        for name, results in students.items()
+        if (path := results / "heldout_examples.json").is_file()
+    }
+    if examples:
+        _heldout(collected, examples)
+    texts = _evaluated_texts(students, data)
+    for part, collect in COLLECTORS.items():
+        found = {name: read_items(results, part) for name, results in students.items()}
+        found = {name: records for name, records in found.items() if records}
+        if found and texts is not None:
+            collect(collected, found, texts)
+    return {
+        "outcomes": OUTCOMES,
+        "students": list(students),
+        "sets": list(collected.sets.values()),
+        "questions": collected.questions,
+        "missing": [] if texts is None else list(dict.fromkeys(texts.missing)),
+    }
+
+
+def read_items(results: Path, part: str) -> list[dict]:
+    """The records of results/items/<part>.jsonl; none if the file is not there."""
+    path = results / "items" / f"{part}.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @dataclass
@@ -56,58 +100,34 @@ class Texts:
         return {row["id"]: row for row in read_rows(path)}
 
 
-def browser(results: Path, evaluation: dict | None, data: Path | None = None) -> dict:
-    """Everything the browser shows, JSON-able.
-
-    Args:
-        results: Folder `results` of a run or an evaluation.
-        evaluation: Its comprehensive_evaluation.json, if there is one.
-        data: Where the data build lies now; by default where it was.
-
-    Returns:
-        `outcomes`, labels by name; `sets`, each with `name`, `label` and `items`; `questions`, shared by items
-        (`text`, `context`, `options`, `answer`, `reference`); `missing`, why questions are not there.
-    """
-    collected = Collected()
-    if (results / "heldout_examples.json").is_file():
-        _heldout(collected, json.loads((results / "heldout_examples.json").read_text("utf-8")))
-    missing: list[str] = []
-    if evaluation is not None:
-        texts = Texts(data or Path(evaluation["data"]["folder"]), evaluation["data"]["sha256"])
-        for part, collect in COLLECTORS.items():
-            records = read_items(results, part)
-            if records:
-                collect(collected, records, texts)
-        missing = list(dict.fromkeys(texts.missing))
-    return {
-        "outcomes": OUTCOMES,
-        "sets": list(collected.sets.values()),
-        "questions": collected.questions,
-        "missing": missing,
-    }
-
-
-def read_items(results: Path, part: str) -> list[dict]:
-    """The records of results/items/<part>.jsonl; none if the file is not there."""
-    path = results / "items" / f"{part}.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+def _evaluated_texts(students: Mapping[str, Path], data: Path | None) -> Texts | None:
+    """Of the first student that was evaluated; runs that are compared were evaluated on the same."""
+    for results in students.values():
+        path = results / "comprehensive_evaluation.json"
+        if path.is_file():
+            evaluated = json.loads(path.read_text(encoding="utf-8"))["data"]
+            return Texts(data or Path(evaluated["folder"]), evaluated["sha256"])
+    return None
 
 
 @dataclass
 class Collected:
     """Sets of items, and their questions, each once."""
 
+    students: list[str]
     sets: dict[str, dict] = field(default_factory=dict)
     questions: list[dict] = field(default_factory=list)
     _places: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def question(self, file: str, id: str, content: Callable[[], dict]) -> int:
+    @property
+    def one_student(self) -> bool:
+        return len(self.students) == 1
+
+    def question(self, file: str, id: str, content: dict) -> int:
         """The place of a question, which is added when it is first asked for."""
         if (file, id) not in self._places:
             self._places[file, id] = len(self.questions)
-            self.questions.append(content())
+            self.questions.append(content)
         return self._places[file, id]
 
     def add(self, name: str, label: str, item: dict) -> None:
@@ -115,22 +135,28 @@ class Collected:
         found["items"].append(item)
 
 
+def _by_id(records: list[dict]) -> dict[str, dict]:
+    return {record["id"]: record for record in records}
+
+
 # --- the held-out check ----------------------------------------------------------------------------
 
 
-def _heldout(collected: Collected, content: dict) -> None:
-    for row in content["examples"]:
-        question = {"text": row["question"]}
-        place = collected.question("validation", row["id"], lambda question=question: question)
+def _heldout(collected: Collected, examples: Records) -> None:
+    by_student = {name: _by_id(rows) for name, rows in examples.items()}
+    for id, row in next(iter(by_student.values())).items():
+        students = {name: rows[id] for name, rows in by_student.items() if id in rows}
+        answers = {TEACHER: {"text": row["teacher"]}, BEFORE: {"text": row["before"]}}
+        answers |= {name: {"text": found["after"]} for name, found in students.items()}
         item = {
-            "id": row["id"],
-            "question": place,
-            "outcome": _wording(row["after"], row["teacher"]),
-            "teacher": {"text": row["teacher"]},
-            "before": {"text": row["before"]},
-            "student": {"text": row["after"]},
+            "id": id,
+            "question": collected.question("validation", id, {"text": row["question"]}),
+            "answers": answers,
+            "outcomes": {
+                name: _wording(found["after"], found["teacher"]) for name, found in students.items()
+            },
         }
-        collected.add("heldout", "Held-out check, before and after", item)
+        collected.add("heldout", "Held-out check, before and after training", item)
 
 
 def _wording(student: str, teacher: str) -> str:
@@ -140,54 +166,58 @@ def _wording(student: str, teacher: str) -> str:
 # --- benchmarks ------------------------------------------------------------------------------------
 
 
-def _by_likelihood(collected: Collected, records: list[dict], texts: Texts) -> None:
+def _by_likelihood(collected: Collected, found: Records, texts: Texts) -> None:
     def answer(record: dict) -> dict:
-        chances = [round(p, 4) for p in record["probabilities"]]
-        return {"choice": record["choice"], "chances": chances}
+        shown = {"choice": record["choice"]}
+        if collected.one_student:
+            shown["chances"] = [round(p, 4) for p in record["probabilities"]]
+        return shown
 
-    _benchmark_items(collected, records, texts, "benchmarks", answer)
+    _benchmark_items(collected, found, texts, "benchmarks", answer)
 
 
-def _in_writing(collected: Collected, records: list[dict], texts: Texts) -> None:
+def _in_writing(collected: Collected, found: Records, texts: Texts) -> None:
     def answer(record: dict) -> dict:
-        return {
-            "choice": record["choice"],
-            "text": record["text"],
-            "finished": record["finished"],
-        }
+        shown = {"choice": record["choice"]}
+        if collected.one_student:
+            shown |= {"text": record["text"], "finished": record["finished"]}
+        return shown
 
-    _benchmark_items(collected, records, texts, "generative", answer)
+    _benchmark_items(collected, found, texts, "generative", answer)
 
 
 def _benchmark_items(
     collected: Collected,
-    records: list[dict],
+    found: Records,
     texts: Texts,
     part: str,
     answer: Callable[[dict], dict],
 ) -> None:
-    for benchmark in dict.fromkeys(record["benchmark"] for record in records):
+    first = next(iter(found.values()))
+    for benchmark in dict.fromkeys(record["benchmark"] for record in first):
         file = f"benchmarks/{benchmark}.jsonl"
         rows = texts.rows(file)
-        by_subject: dict[str, dict[str, dict]] = {"student": {}, "teacher": {}}
-        for record in records:
-            if record["benchmark"] == benchmark:
-                by_subject[record["subject"]][record["id"]] = record
-        for id, student in by_subject["student"].items():
-            teacher = by_subject["teacher"].get(id)
-            row = rows.get(id)
-            place = collected.question(
-                file, id, lambda row=row, right=student["answer"]: _choices(row, right)
-            )
+        label = f"{TITLES[benchmark]} · {PARTS[part]}"
+        teacher = _by_id(_select(first, benchmark, TEACHER))
+        students = {
+            name: _by_id(_select(records, benchmark, STUDENT)) for name, records in found.items()
+        }
+        for id, record in next(iter(students.values())).items():
+            answering = {name: records[id] for name, records in students.items() if id in records}
+            known = {TEACHER: answer(teacher[id])} if id in teacher else {}
             item = {
                 "id": id,
-                "question": place,
-                "outcome": outcome(student, teacher),
-                "student": answer(student),
+                "question": collected.question(file, id, _choices(rows.get(id), record["answer"])),
+                "answers": known | {name: answer(own) for name, own in answering.items()},
+                "outcomes": {
+                    name: outcome(own, teacher.get(id)) for name, own in answering.items()
+                },
             }
-            if teacher is not None:
-                item["teacher"] = answer(teacher)
-            collected.add(f"{part}/{benchmark}", f"{TITLES[benchmark]} · {PARTS[part]}", item)
+            collected.add(f"{part}/{benchmark}", label, item)
+
+
+def _select(records: list[dict], benchmark: str, subject: str) -> list[dict]:
+    return [r for r in records if r["benchmark"] == benchmark and r["subject"] == subject]
 
 
 def _choices(row: dict | None, right: int) -> dict:
@@ -212,55 +242,55 @@ def outcome(student: dict, teacher: dict | None) -> str:
 # --- texts -----------------------------------------------------------------------------------------
 
 
-def _fidelity(collected: Collected, records: list[dict], texts: Texts) -> None:
+def _fidelity(collected: Collected, found: Records, texts: Texts) -> None:
     rows = texts.rows("processed/test.jsonl")
-    divergence = {
-        record["id"]: record["kl_teacher_student_nats"] / record["tokens"]
-        for record in records
-        if record.get("prefixes") == "teacher" and "kl_teacher_student_nats" in record
+    written = {
+        name: _by_id([record for record in records if "texts" in record])
+        for name, records in found.items()
     }
-    for record in records:
-        if record.get("texts") != "greedy":
-            continue
-        row = rows.get(record["id"])
-        place = collected.question("test", record["id"], lambda row=row: _long_form(row))
-        scores = {
-            label: round(record[key], 3) for key, label in FIDELITY_SCORES.items() if key in record
-        }
-        if record["id"] in divergence:
-            scores["KL(T‖S) on the teacher's answer, nats per token"] = round(
-                divergence[record["id"]], 3
-            )
+    for id, first in next(iter(written.values())).items():
+        students = {name: records[id] for name, records in written.items() if id in records}
+        row = rows.get(id)
+        question = {} if row is None else {"text": row["question"], "reference": row["reference"]}
+        answers = {TEACHER: {"text": first["teacher_text"]}}
+        answers |= {name: {"text": own["student_text"]} for name, own in students.items()}
         item = {
-            "id": record["id"],
-            "question": place,
-            "outcome": _wording(record["student_text"], record["teacher_text"]),
-            "student": {"text": record["student_text"]},
-            "teacher": {"text": record["teacher_text"]},
-            "scores": scores,
+            "id": id,
+            "question": collected.question("test", id, question),
+            "answers": answers,
+            "outcomes": {
+                name: _wording(own["student_text"], own["teacher_text"])
+                for name, own in students.items()
+            },
         }
+        if collected.one_student:
+            item["scores"] = {
+                label: round(first[key], 3) for key, label in SCORES.items() if key in first
+            }
         collected.add("fidelity", "Long-form answers · Fidelity", item)
 
 
-def _long_form(row: dict | None) -> dict:
-    return {} if row is None else {"text": row["question"], "reference": row["reference"]}
-
-
-def _faithfulness(collected: Collected, records: list[dict], texts: Texts) -> None:
+def _faithfulness(collected: Collected, found: Records, texts: Texts) -> None:
     file = "fidelitybench_med.jsonl"
     rows = texts.rows(file)
-    teachers = {record["id"]: record for record in records if record["subject"] == "teacher"}
-    for record in records:
-        if record["subject"] != "student":
-            continue
-        row, teacher = rows.get(record["id"]), teachers.get(record["id"])
-        place = collected.question(file, record["id"], lambda row=row: _evidence(row))
-        item = {"id": record["id"], "question": place, "student": _claims(record)}
-        if teacher is not None:
-            item["teacher"] = _claims(teacher)
-        held = _outcome_of_claims(record, teacher)
-        if held is not None:
-            item["outcome"] = held
+    first = next(iter(found.values()))
+    teacher = _by_id([record for record in first if record["subject"] == TEACHER])
+    students = {
+        name: _by_id([record for record in records if record["subject"] == STUDENT])
+        for name, records in found.items()
+    }
+    for id in next(iter(students.values())):
+        answering = {name: records[id] for name, records in students.items() if id in records}
+        known = {TEACHER: _claims(teacher[id])} if id in teacher else {}
+        outcomes = {
+            name: _outcome_of_claims(own, teacher.get(id)) for name, own in answering.items()
+        }
+        item = {
+            "id": id,
+            "question": collected.question(file, id, _evidence(rows.get(id))),
+            "answers": known | {name: _claims(own) for name, own in answering.items()},
+            "outcomes": {name: found for name, found in outcomes.items() if found is not None},
+        }
         collected.add("faithfulness", "Answers from evidence · FidelityBench-Med", item)
 
 
@@ -295,7 +325,7 @@ def _outcome_of_claims(student: dict, teacher: dict | None) -> str | None:
     return outcome(marks[0], marks[1] if len(marks) > 1 else None)
 
 
-COLLECTORS: dict[str, Callable[[Collected, list[dict], Texts], None]] = {
+COLLECTORS: dict[str, Callable[[Collected, Records, Texts], None]] = {
     "benchmarks": _by_likelihood,
     "generative": _in_writing,
     "fidelity": _fidelity,

@@ -4,8 +4,8 @@ TITLES = {
     "medqa": "MedQA",
     "medmcqa": "MedMCQA",
     "pubmedqa": "PubMedQA",
-    "pubhealth": "PubHealth, 4 classes",
-    "pubhealth_2class": "PubHealth, 2 classes",
+    "pubhealth": "PubHealth (4 classes)",
+    "pubhealth_2class": "PubHealth (2 classes)",
 }
 PARTS = {
     "benchmarks": "Benchmarks, by likelihood",

@@ -52,7 +52,7 @@ def run_page(run: RunDirectory, data: Path | None = None) -> str:
         verdict.sentences.append(
             "This is one run with one seed: another seed varies by more than these intervals say."
         )
-    items = browser(run.results, evaluation, data)
+    items = browser({"student": run.results}, data)
     return render(
         "run.html",
         title=run.path.resolve().name,

@@ -35,8 +35,8 @@ class Form:
 
 PLAIN = Form()
 CHANGE = Form(signed=True)
-PERCENT = Form(1, 100, " %")
-POINTS = Form(1, 100, " points", signed=True)
+PERCENT = Form(1, 100, "\u00a0%")
+POINTS = Form(1, 100, "\u00a0points", signed=True)
 COUNT = Form(0)
 HUNDREDTHS = Form(2)
 
@@ -79,7 +79,7 @@ class Cell:
 
     @property
     def is_number(self) -> bool:
-        return isinstance(self.sort, (int, float)) or self.text == MISSING
+        return self.chart is None and (isinstance(self.sort, int | float) or self.text == MISSING)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def interval(estimate: dict, form: Form) -> str:
     if bounds is None:
         return estimate.get("note", "")
     low, high = bounds
-    return f"[{form.bare(low)}, {form.bare(high)}]"
+    return f"[{form.bare(low)},\u00a0{form.bare(high)}]"
 
 
 def estimated(estimate: dict | None, form: Form = PLAIN) -> Cell:
@@ -149,7 +149,7 @@ def inline(estimate: dict, form: Form) -> str:
 
 
 def p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
 def accuracy_chart(subjects: dict[str, dict], floor: float | None, form: Form = PERCENT) -> Cell:

@@ -43,7 +43,9 @@ def of_training(before: dict, after: dict, changes: dict[str, dict]) -> Verdict:
         sentence = f"{measure.name} on held-out teacher completions is what it was, {measure.form(after[key])}."
         return Verdict("No different from the untrained student", "unclear", [sentence])
     verb = "fell" if after[key] < before[key] else "rose"
-    ratio = f", {100 * after[key] / before[key]:.0f} % of what it was" if before[key] > 0 else ""
+    ratio = (
+        f", {100 * after[key] / before[key]:.0f}\u00a0% of what it was" if before[key] > 0 else ""
+    )
     sentence = (
         f"{measure.name} on held-out teacher completions {verb} from {measure.form(before[key])} to "
         f"{measure.form(after[key])}{UNITS[key]}{ratio}"
@@ -132,9 +134,8 @@ def _floors(part: dict) -> list[str]:
     ]
     if not on_floor:
         return ["It is above always giving the commonest answer on every benchmark."]
-    return [
-        f"It is not shown to be above always giving the commonest answer on {listed(on_floor)}."
-    ]
+    where = "any benchmark" if len(on_floor) == len(measured(part)) else listed(on_floor)
+    return [f"It is not shown to be above always giving the commonest answer on {where}."]
 
 
 def _exposure(part: dict) -> list[str]:

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // --- tables: a click on a column's name sorts by it, once more the other way ---------------------
+  // --- tables: clicks on a column's name sort by it, the other way, and as it was -------------------
 
   const valueOf = (row, column) => {
     const given = row.cells[column].dataset.sort;
@@ -16,28 +16,33 @@
     return sign * String(a).localeCompare(String(b), "en", { numeric: true });
   };
 
-  const sortBy = (table, header, column) => {
-    const body = table.tBodies[0];
-    const rows = [...body.rows];
-    const numbers = rows.every((row) => typeof valueOf(row, column) !== "string");
-    const before = header.getAttribute("aria-sort");
+  const nextOrder = (now, numbers) => {
     // Numbers begin with the largest, words with A.
-    const direction = before === null ? (numbers ? "descending" : "ascending")
-      : before === "ascending" ? "descending" : "ascending";
+    const orders = numbers ? [null, "descending", "ascending"] : [null, "ascending", "descending"];
+    return orders[(orders.indexOf(now) + 1) % 3];
+  };
+
+  const sortBy = (table, given, header, column) => {
+    const numbers = given.every((row) => typeof valueOf(row, column) !== "string");
+    const order = nextOrder(header.getAttribute("aria-sort"), numbers);
     for (const other of header.parentNode.cells) other.removeAttribute("aria-sort");
-    header.setAttribute("aria-sort", direction);
-    const sign = direction === "ascending" ? 1 : -1;
-    rows.sort((a, b) => compare(valueOf(a, column), valueOf(b, column), sign));
-    body.append(...rows);
+    const rows = [...given];
+    if (order !== null) {
+      header.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
+      rows.sort((a, b) => compare(valueOf(a, column), valueOf(b, column), sign));
+    }
+    table.tBodies[0].append(...rows);
   };
 
   for (const table of document.querySelectorAll("table.sortable")) {
+    const given = [...table.tBodies[0].rows];
     [...table.tHead.rows[0].cells].forEach((header, column) => {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = header.textContent;
       header.replaceChildren(button);
-      button.addEventListener("click", () => sortBy(table, header, column));
+      button.addEventListener("click", () => sortBy(table, given, header, column));
     });
   }
 
@@ -45,13 +50,13 @@
 
   const source = document.getElementById("items-data");
   if (source === null) return;
-  const { outcomes, sets, questions } = JSON.parse(source.textContent);
+  const { outcomes, students, sets, questions } = JSON.parse(source.textContent);
   const PER_PAGE = 20;
   const LETTERS = "ABCDEFGHIJ";
-  const WHO = { teacher: "teacher", before: "student before training", student: "student" };
   const LABELS = ["yes", "no", "maybe", "true", "false", "mixture", "unproven"];
   const find = (id) => document.getElementById(id);
-  const state = { set: sets[0], outcome: "", query: "", page: 0 };
+  // `student`: whose outcomes are shown, where there are several students.
+  const state = { set: sets[0], student: students[0], outcome: "", query: "", page: 0 };
 
   // Text from data or models only ever becomes a text node.
   const make = (tag, className, text) => {
@@ -65,48 +70,50 @@
     if (item.words === undefined) {
       const question = questions[item.question];
       const texts = [item.id, question.text, question.reference, ...(question.options ?? [])];
-      for (const who in WHO) texts.push(item[who]?.text);
+      for (const answer of Object.values(item.answers)) texts.push(answer.text);
       item.words = texts.filter(Boolean).join("\n").toLowerCase();
     }
     return item.words;
   };
 
-  // A count of a table may mean several outcomes: of an item that both have wrong there are two kinds.
-  const hasOutcome = (item, outcome) => outcome === "" || item.outcome === outcome
-    || (outcome === "wrong" && (item.outcome === "inherited" || item.outcome === "both_wrong"));
+  const outcomeOf = (item) => item.outcomes[state.student];
+
+  // An inherited error is one of those that both make.
+  const hasOutcome = (item, wanted) => wanted === "" || outcomeOf(item) === wanted
+    || (wanted === "both_wrong" && outcomeOf(item) === "inherited");
 
   const optionName = (question, choice) => {
-    if (choice === null || choice === undefined) return "none that can be read";
+    if (choice === null) return "nothing that can be read";
     const text = question.options?.[choice];
     if (text === undefined) return `option ${choice + 1}`;
     return LABELS.includes(text) ? text : `${LETTERS[choice]}. ${text}`;
   };
 
-  const showOptions = (question, item) => {
+  const colour = (who) => (who === "teacher" ? "who-teacher" : "who-student");
+
+  const showOptions = (question, answers) => {
     const list = make("ul", "options");
     question.options.forEach((_, index) => {
       const line = make("li", index === question.answer ? "correct" : "");
-      line.append(make("span", "name", optionName(question, index)));
-      if (index === question.answer) line.append(make("span", "picked tag right", "right answer"));
-      for (const who of ["teacher", "student"]) {
-        const answer = item[who];
-        if (answer === undefined) continue;
-        if (answer.choice === index) line.append(make("span", `picked who-${who}`, `◀ ${who}`));
-        if (answer.chances) {
-          line.append(make("span", "chance", `${who} ${(100 * answer.chances[index]).toFixed(0)} %`));
-        }
+      const name = make("span", "name", optionName(question, index));
+      if (index === question.answer) name.append(" ", make("span", "tag right", "right answer"));
+      const picks = make("span", "picks");
+      for (const [who, answer] of Object.entries(answers)) {
+        const picked = answer.choice === index;
+        if (!picked && answer.chances === undefined) continue;
+        const chance = answer.chances === undefined ? "" : ` ${(100 * answer.chances[index]).toFixed(0)} %`;
+        picks.append(make("span", picked ? `picked ${colour(who)}` : "", `${picked ? "● " : ""}${who}${chance}`));
       }
+      line.append(name, picks);
       list.append(line);
     });
     return list;
   };
 
   const showAnswer = (who, answer, question) => {
-    const box = make("div", who);
-    box.append(make("h3", "", WHO[who]));
-    if (answer.choice !== undefined && (answer.text !== undefined || !question.options)) {
-      box.append(make("p", "note", `answers: ${optionName(question, answer.choice)}`));
-    }
+    const box = make("div", "");
+    box.append(make("h3", colour(who), who));
+    if (answer.choice !== undefined) box.append(make("p", "note", `answers ${optionName(question, answer.choice)}`));
     if (answer.text !== undefined) box.append(make("p", "text", answer.text || "(nothing)"));
     if (answer.finished === false) box.append(make("p", "note", "cut at the length limit"));
     if (answer.claims) {
@@ -123,9 +130,10 @@
 
   const showItem = (item) => {
     const question = questions[item.question];
+    const outcome = outcomeOf(item);
     const card = make("article", "item");
     const header = make("header", "");
-    if (item.outcome) header.append(make("span", `tag ${item.outcome}`, outcomes[item.outcome]));
+    if (outcome) header.append(make("span", `tag ${outcome}`, outcomes[outcome][0]));
     header.append(make("span", "", item.id));
     card.append(header, make("p", "question", question.text ?? "(the question is not at hand)"));
     if (question.context) {
@@ -133,16 +141,18 @@
       details.append(make("summary", "", "what it is asked about"), make("p", "context", question.context));
       card.append(details);
     }
-    if (question.options) card.append(showOptions(question, item));
+    if (question.options) card.append(showOptions(question, item.answers));
     const answers = make("div", "answers");
     if (question.reference) {
-      const box = make("div", "reference");
+      const box = make("div", "");
       box.append(make("h3", "", "reference"), make("p", "text", question.reference));
       answers.append(box);
     }
-    for (const who in WHO) {
-      const answer = item[who];
-      if (answer && (answer.text !== undefined || !question.options)) answers.append(showAnswer(who, answer, question));
+    for (const [who, answer] of Object.entries(item.answers)) {
+      // A choice among options that are shown says all; what was written is shown besides.
+      if (answer.text !== undefined || !question.options || answer.choice === null) {
+        answers.append(showAnswer(who, answer, question));
+      }
     }
     if (answers.childElementCount) card.append(answers);
     const scores = Object.entries(item.scores ?? {}).map(([name, value]) => `${name} ${value}`);
@@ -154,24 +164,28 @@
 
   const showOutcomes = (searched) => {
     const counts = new Map([["", searched.length]]);
-    for (const item of searched) if (item.outcome) counts.set(item.outcome, (counts.get(item.outcome) ?? 0) + 1);
-    const present = new Set(state.set.items.map((item) => item.outcome));
-    const choices = Object.entries(outcomes).filter(([name]) => present.has(name));
-    if (present.has("inherited") || present.has("both_wrong")) {
-      choices.push(["wrong", "both wrong"]);
-      counts.set("wrong", (counts.get("inherited") ?? 0) + (counts.get("both_wrong") ?? 0));
+    const count = (outcome) => counts.set(outcome, (counts.get(outcome) ?? 0) + 1);
+    for (const item of searched) {
+      count(outcomeOf(item));
+      if (outcomeOf(item) === "inherited") count("both_wrong");
     }
-    const buttons = [["", "all"], ...choices].map(([name, label]) => {
+    const present = new Set(state.set.items.map(outcomeOf));
+    if (present.has("inherited")) present.add("both_wrong");
+    const names = Object.keys(outcomes).filter((name) => present.has(name));
+    const buttons = (names.length ? ["", ...names] : []).map((name) => {
+      const label = name === "" ? "all" : outcomes[name][0];
       const button = make("button", "", `${label} (${(counts.get(name) ?? 0).toLocaleString("en")})`);
       button.type = "button";
+      if (name !== "") button.title = outcomes[name][1];
       button.dataset.outcome = name;
       button.setAttribute("aria-pressed", String(name === state.outcome));
       return button;
     });
-    const focused = document.activeElement?.dataset?.outcome;
-    const inside = find("outcomes").contains(document.activeElement);
-    find("outcomes").replaceChildren(...buttons);
-    if (inside) buttons.find((button) => button.dataset.outcome === focused)?.focus();
+    const group = find("outcomes");
+    const focused = group.contains(document.activeElement) ? document.activeElement.dataset.outcome : null;
+    group.replaceChildren(...buttons);
+    buttons.find((button) => button.dataset.outcome === focused)?.focus();
+    find("legend").textContent = names.map((name) => `${outcomes[name][0]}: ${outcomes[name][1]}`).join(" · ");
   };
 
   const show = () => {
@@ -202,12 +216,13 @@
     find("count").scrollIntoView({ block: "start" });
   };
 
-  const choose = (name, outcome) => {
+  const choose = (name, outcome, student = state.student) => {
     const set = sets.find((each) => each.name === name);
     if (set === undefined) return;
     find("set").value = name;
+    find("student").value = student;
     find("search").value = "";
-    update({ set, outcome, query: "" });
+    update({ set, student, outcome, query: "" });
   };
 
   sets.forEach((set) => {
@@ -215,6 +230,9 @@
     option.value = set.name;
     find("set").append(option);
   });
+  students.forEach((name) => find("student").append(make("option", "", name)));
+  find("student").parentElement.hidden = students.length === 1;
+  find("student").addEventListener("change", (event) => update({ student: event.target.value }));
   find("set").addEventListener("change", (event) => choose(event.target.value, ""));
   let typing;
   find("search").addEventListener("input", (event) => {
