@@ -273,3 +273,76 @@ def write_evaluation(
     }
     write_json(folder / "results/comprehensive_evaluation.json", content)
     return content
+
+
+# --- a comparison ----------------------------------------------------------------------------------
+
+
+def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = True) -> dict:
+    """comparison.json of SFT, the baseline, and Logit-KD, which comes first; returns it.
+
+    Args:
+        runs: Of both.
+    """
+
+    def estimate(value: float) -> dict:
+        return {"value": value, "interval_95": [value - 0.1, value + 0.1], "n": 200, "seeds": 1}
+
+    def test(measure: str, value: float) -> dict:
+        p = 0.001 if told_apart else 0.4
+        return {
+            "measure": measure,
+            "configuration": "logit_kd",
+            "minus": "sft",
+            "value": value,
+            "interval_95": [value - 0.1, value + 0.1],
+            "n": 200,
+            "p": p,
+            "p_holm": p,
+            "told_apart": told_apart,
+            "minimum_detectable": 0.09,
+        }
+
+    kl, accuracy = "fidelity.teacher.kl_teacher_student_nats", "benchmarks.medqa.accuracy"
+    cost = {"training_seconds": 100.0, "drawing_seconds": None, "steps": 48}
+    content = {
+        "schema_version": 1,
+        "studies": [],
+        "configurations": [
+            {"name": name, "method": name, "settings": {}, "seeds": [42], "runs": [str(run)]}
+            for name, run in runs.items()
+        ],
+        "baseline": "sft",
+        "quality": kl,
+        "left_out": {},
+        "missing": [],
+        "notes": ["trained on the packaged sample"],
+        "measures": {
+            kl: {
+                "label": "KL(T‖S), nats",
+                "family": "fidelity_teacher",
+                "better": "lower",
+                "share": False,
+                "teacher": None,
+                "values": {"sft": estimate(1.6), "logit_kd": estimate(1.3)},
+            },
+            accuracy: {
+                "label": "MedQA",
+                "family": "benchmarks",
+                "better": "higher",
+                "share": True,
+                "teacher": estimate(0.5),
+                "values": {"sft": estimate(0.3), "logit_kd": estimate(0.4)},
+            },
+        },
+        "floors": {"medqa": {"majority_label": "A", "majority_accuracy": 0.27}},
+        "primary": [test(kl, -0.3)],
+        "differences": {"fidelity_teacher": [test(kl, -0.3)], "benchmarks": [test(accuracy, 0.1)]},
+        "ranking": {"order": ["logit_kd", "sft"], "pairs": [test(kl, -0.3)]},
+        "cost": {"sft": cost, "logit_kd": cost | {"training_seconds": 150.0}},
+        "pareto": {"cost": "training_seconds", "front": ["sft", "logit_kd"]},
+        "verdict": ["By KL logit_kd comes first of 2."],
+    }
+    write_json(folder / "comparison.json", content)
+    (folder / "benchmark_comparison.png").write_bytes(PNG)
+    return content

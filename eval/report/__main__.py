@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="A run, or the --out of an evaluation.")
+    parser.add_argument(
+        "folder", type=Path, help="A run, the --out of an evaluation, a study or a comparison."
+    )
     parser.add_argument(
         "--data",
         type=Path,

@@ -19,6 +19,35 @@ PARTS = {
 }
 
 
+FAMILIES = {  # of comparison.json's measures
+    "heldout": "Held-out teacher completions",
+    "fidelity_teacher": "Fidelity on the teacher's answers",
+    "fidelity_gold": "Fidelity on the references",
+    "fidelity_student": "Fidelity on the student's own answers",
+    "text": "Greedy answers beside the teacher's",
+    "benchmarks": "Benchmarks, by likelihood: accuracy",
+    "retention": "What is kept of what the teacher has right",
+    "macro_f1": "Benchmarks, by likelihood: macro F1",
+    "calibration": "Benchmarks, by likelihood: calibration",
+    "generative": "Benchmarks, answered in writing: accuracy",
+    "unparsed": "Written answers that cannot be read",
+    "perplexity": "Medical text",
+    "faithfulness": "Faithfulness to evidence",
+}
+COSTS = {
+    "training_seconds": "training, s",
+    "drawing_seconds": "drawing completions, s",
+    "steps": "steps",
+    "trained_tokens": "tokens trained on",
+    "teacher_tokens": "tokens by the teacher",
+    "student_tokens": "tokens by the student",
+    "trained_tokens_per_second": "trained tokens per second",
+    "peak_memory_gb": "peak memory, GB",
+    "student_weights_gb": "student's weights, GB",
+    "student_tokens_per_second": "student writes, tokens per second",
+}
+
+
 def measured(part: dict) -> dict[str, dict]:
     """The benchmarks of a part, by name."""
     return {name: part[name] for name in TITLES if name in part}

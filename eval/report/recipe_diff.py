@@ -1,4 +1,4 @@
-"""What sets a run's recipe apart from the one its method is shipped with."""
+"""What sets recipes apart: a run's from the one its method is shipped with, and those of several runs."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,23 @@ def differences(used: dict) -> Table | None:
         if (key in shipped, shipped.get(key)) != (key in used, used.get(key))
     ]
     return Table(["key", f"recipes/{path.name}", "this run"], rows)
+
+
+def across(recipes: dict[str, dict]) -> Table | None:
+    """Every key in which recipes differ, but for their seeds; None for one recipe or none.
+
+    Args:
+        recipes: Resolved recipes by name.
+    """
+    if len(recipes) < 2:
+        return None
+    keys = {key for used in recipes.values() for key in used} - NAMES - {"seed"}
+    rows = [
+        [words(key), *(_shown(used, key) for used in recipes.values())]
+        for key in sorted(keys)
+        if len({json.dumps(used.get(key), sort_keys=True) for used in recipes.values()}) > 1
+    ]
+    return Table(["key", *recipes], rows)
 
 
 def _shown(values: dict[str, Any], key: str):

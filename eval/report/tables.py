@@ -69,6 +69,7 @@ class Cell:
         sort: What it is sorted by; None comes last.
         detail: Small print below: an interval, or why there is none.
         link: Set and outcome that the item browser shows for this number.
+        href: Another page, by its path from this one.
     """
 
     text: str
@@ -76,6 +77,7 @@ class Cell:
     detail: str = ""
     link: tuple[str, str] | None = None
     chart: Chart | None = None
+    href: str | None = None
 
     @property
     def is_number(self) -> bool:

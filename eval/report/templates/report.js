@@ -141,7 +141,11 @@
       details.append(make("summary", "", "what it is asked about"), make("p", "context", question.context));
       card.append(details);
     }
-    if (question.options) card.append(showOptions(question, item.answers));
+    if (question.options) {
+      card.append(showOptions(question, item.answers));
+    } else if (question.answer !== undefined) {
+      card.append(make("p", "note", `right is ${optionName(question, question.answer)}`));
+    }
     const answers = make("div", "answers");
     if (question.reference) {
       const box = make("div", "");
