@@ -121,6 +121,10 @@ def test_every_part_runs_and_the_second_time_computes_nothing(trained, data, tmp
     first = result_of(tmp_path / "1")
     assert list(first["results"]) == list(first["cost"]) == list(command.PARTS)
     assert store.is_dir()
+    page = (tmp_path / "1/results/report.html").read_text()
+    for name, part in first["results"].items():
+        assert ("skipped" in part) != (f'<section id="{name}">' in page), name
+    assert "Some questions are not shown" not in page
     assert evaluate(*words, "--out", tmp_path / "2") == 0
     second = result_of(tmp_path / "2")
     assert without_cost(second) == without_cost(first)

@@ -77,6 +77,14 @@ def test_the_record_says_what_was_run_and_what_came_out(finished):
         assert 0 <= measured["top1"] <= 1
         assert measured["prompts"] == 4
     assert content["heldout"]["before"]["kl_nats"] != content["heldout"]["after"]["kl_nats"]
+    lines = (finished[0] / "results/items/heldout.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    for when in ("before", "after"):
+        rows = [item for item in items if item["stage"] == when]
+        assert len(rows) == content["heldout"][when]["prompts"]
+        kl = sum(row["kl_nats"] for row in rows) / sum(row["tokens"] for row in rows)
+        assert kl == pytest.approx(content["heldout"][when]["kl_nats"])
+    assert "(change " in (finished[0] / "results/report.html").read_text()
     assert content["data"]["files"][0]["kept"] == 16
 
 
