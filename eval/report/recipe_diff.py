@@ -8,7 +8,7 @@ from eval.report.tables import Table, words
 from medistill_trl import recipe
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
-NAMES = {"output_dir", "run_name"}  # where a run lies says nothing of what it is
+NAMES = {"output_dir", "run_name", "completion_store"}  # places say nothing of what a run is
 ABSENT = "not set"
 
 

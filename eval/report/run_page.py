@@ -1,6 +1,5 @@
 """The page of one run, or of one evaluation without a run."""
 
-import json
 from pathlib import Path
 
 from eval.report import evaluation as parts
@@ -11,7 +10,6 @@ from eval.report.recipe_diff import differences
 from eval.report.tables import (
     COUNT,
     HUNDREDTHS,
-    MISSING,
     Cell,
     Section,
     Table,
@@ -139,19 +137,25 @@ def _rationales(run: RunDirectory) -> list[Section]:
     return [Section("rationales", title, tables=[Table(["fate", "number"], rows)])]
 
 
-def _environment(record: dict | None, evaluation: dict | None) -> Table:
-    """Training and evaluation side by side: they may have run on different machines."""
-    columns = {
-        name: _described(content)
-        for name, content in (("training", record), ("evaluation", evaluation))
-        if content is not None
-    }
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [
-        [words(key), *(words(column[key]) if key in column else Cell(MISSING) for column in columns.values())]
-        for key in keys
+def _environment(record: dict | None, evaluation: dict | None) -> list[Table]:
+    """Training and evaluation side by side, which may have run on different machines; then what was read."""
+    contents = {"training": record, "evaluation": evaluation}
+    known = {name: content for name, content in contents.items() if content is not None}
+    columns = {name: _described(content) for name, content in known.items()}
+    files = [row for content in known.values() for row in _read_files(content)]
+    return [
+        _pairs({key: [column.get(key, "") for column in columns.values()] for key in _keys(columns)}, list(columns)),
+        Table(["file", "what of it"], files, "Data", folded=True),
     ]  # fmt: skip
-    return Table(["", *columns], rows, sortable=False)
+
+
+def _keys(columns: dict[str, dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(key for column in columns.values() for key in column))
+
+
+def _pairs(rows: dict[str, list[str]], columns: list[str]) -> Table:
+    cells = [[words(key), *map(words, values)] for key, values in rows.items()]
+    return Table(["", *columns], cells, sortable=False)
 
 
 def _described(content: dict) -> dict[str, str]:
@@ -170,11 +174,16 @@ def _described(content: dict) -> dict[str, str]:
     found |= {f"{name}, exactly": identity for name, identity in models.items()}
     if "options" in content:
         given = {key: value for key, value in content["options"].items() if value is not None}
-        found["options"] = json.dumps(given, ensure_ascii=False)
-        files = content["data"]["sha256"]
-        found |= {f"sha256 of {name}": digest for name, digest in files.items()}
-    else:
-        for file in content["data"]["files"]:
-            used = f"{file['kept']:,} of {file['read']:,} rows"
-            found[file["path"]] = used
+        found["options"] = ", ".join(f"{key} {value}" for key, value in given.items())
     return found
+
+
+def _read_files(content: dict) -> list[list[Cell]]:
+    """The data files of a training or of an evaluation."""
+    if "sha256" in content["data"]:
+        files = content["data"]["sha256"].items()
+        return [[words(name), words(f"evaluated, sha256 {digest}")] for name, digest in files]
+    return [
+        [words(file["path"]), words(f"{file['kept']:,} of {file['read']:,} rows used")]
+        for file in content["data"]["files"]
+    ]
