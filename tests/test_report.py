@@ -466,6 +466,18 @@ def test_items_are_filtered_searched_and_paged(opened, folder):
 
 
 @needs_chromium
+def test_numbers_without_items_are_no_links(chromium, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "results/items/benchmarks.jsonl").unlink()
+    write_report(run)
+    chromium.open(run / "results/report.html")
+    assert "400" in text(chromium, "#benchmarks table")
+    assert chromium.run("document.querySelectorAll('a[data-set]').length") == 0
+    assert chromium.complaints == []
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [360, 1280])
 def test_only_tables_scroll_sideways(chromium, folder, width):
     chromium.open(folder / "results/report.html", width=width, height=800, dark=True)

@@ -49,8 +49,12 @@
   // --- items ---------------------------------------------------------------------------------------
 
   const source = document.getElementById("items-data");
+  const { outcomes, students, sets, questions } = source === null ? { sets: [] } : JSON.parse(source.textContent);
+  for (const link of document.querySelectorAll("a[data-set]")) {
+    const known = sets.some((set) => set.name === link.dataset.set);
+    if (!known) link.replaceWith(link.textContent);
+  }
   if (source === null) return;
-  const { outcomes, students, sets, questions } = JSON.parse(source.textContent);
   const PER_PAGE = 20;
   const LETTERS = "ABCDEFGHIJ";
   const LABELS = ["yes", "no", "maybe", "true", "false", "mixture", "unproven"];
@@ -222,7 +226,6 @@
 
   const choose = (name, outcome, student = state.student) => {
     const set = sets.find((each) => each.name === name);
-    if (set === undefined) return;
     find("set").value = name;
     find("student").value = student;
     find("search").value = "";
