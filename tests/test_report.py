@@ -110,6 +110,15 @@ def test_what_a_model_wrote_is_data_and_cannot_end_its_element(page):
     assert answers.count(ATTACK) == 2
 
 
+def test_what_a_recipe_says_is_text_too(tmp_path):
+    markup = "<img src=x onerror='window.ran=5'>"
+    page = write_report(
+        write_run(tmp_path / "sft_a", flags=["--system_prompt", markup])
+    ).read_text()
+    assert page.count("&lt;img src=x onerror=") == 2  # the difference and the whole recipe
+    assert "<img src=x" not in page
+
+
 def test_the_same_folder_gives_the_same_page(folder, page, capsys):
     assert main([str(folder)]) == 0
     assert str(folder / "results/report.html") in capsys.readouterr().out
