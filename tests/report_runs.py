@@ -278,32 +278,47 @@ def write_evaluation(
 # --- a comparison ----------------------------------------------------------------------------------
 
 
+KL, ACCURACY = "fidelity.teacher.kl_teacher_student_nats", "benchmarks.medqa.accuracy"
+
+
+def _compared(value: float) -> dict:
+    return {"value": value, "interval_95": [value - 0.1, value + 0.1], "n": 200, "seeds": 1}
+
+
+def _tested(measure: str, value: float, told_apart: bool) -> dict:
+    p = 0.001 if told_apart else 0.4
+    return {
+        "measure": measure,
+        "configuration": "logit_kd",
+        "minus": "sft",
+        "value": value,
+        "interval_95": [value - 0.1, value + 0.1],
+        "n": 200,
+        "p": p,
+        "p_holm": p,
+        "told_apart": told_apart,
+        "minimum_detectable": 0.09,
+    }
+
+
+def _measure(label: str, family: str, share: bool, teacher: dict | None, values: list) -> dict:
+    return {
+        "label": label,
+        "family": family,
+        "better": "higher" if share else "lower",
+        "share": share,
+        "teacher": teacher,
+        "values": dict(zip(("sft", "logit_kd"), map(_compared, values), strict=True)),
+    }
+
+
 def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = True) -> dict:
     """comparison.json of SFT, the baseline, and Logit-KD, which comes first; returns it.
 
     Args:
         runs: Of both.
     """
-
-    def estimate(value: float) -> dict:
-        return {"value": value, "interval_95": [value - 0.1, value + 0.1], "n": 200, "seeds": 1}
-
-    def test(measure: str, value: float) -> dict:
-        p = 0.001 if told_apart else 0.4
-        return {
-            "measure": measure,
-            "configuration": "logit_kd",
-            "minus": "sft",
-            "value": value,
-            "interval_95": [value - 0.1, value + 0.1],
-            "n": 200,
-            "p": p,
-            "p_holm": p,
-            "told_apart": told_apart,
-            "minimum_detectable": 0.09,
-        }
-
-    kl, accuracy = "fidelity.teacher.kl_teacher_student_nats", "benchmarks.medqa.accuracy"
+    kl, accuracy = _tested(KL, -0.3, told_apart), _tested(ACCURACY, 0.1, told_apart)
     cost = {"training_seconds": 100.0, "drawing_seconds": None, "steps": 48}
     content = {
         "schema_version": 1,
@@ -313,32 +328,18 @@ def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = Tru
             for name, run in runs.items()
         ],
         "baseline": "sft",
-        "quality": kl,
+        "quality": KL,
         "left_out": {},
         "missing": [],
         "notes": ["trained on the packaged sample"],
         "measures": {
-            kl: {
-                "label": "KL(T‖S), nats",
-                "family": "fidelity_teacher",
-                "better": "lower",
-                "share": False,
-                "teacher": None,
-                "values": {"sft": estimate(1.6), "logit_kd": estimate(1.3)},
-            },
-            accuracy: {
-                "label": "MedQA",
-                "family": "benchmarks",
-                "better": "higher",
-                "share": True,
-                "teacher": estimate(0.5),
-                "values": {"sft": estimate(0.3), "logit_kd": estimate(0.4)},
-            },
+            KL: _measure("KL(T‖S), nats", "fidelity_teacher", False, None, [1.6, 1.3]),
+            ACCURACY: _measure("MedQA", "benchmarks", True, _compared(0.5), [0.3, 0.4]),
         },
         "floors": {"medqa": {"majority_label": "A", "majority_accuracy": 0.27}},
-        "primary": [test(kl, -0.3)],
-        "differences": {"fidelity_teacher": [test(kl, -0.3)], "benchmarks": [test(accuracy, 0.1)]},
-        "ranking": {"order": ["logit_kd", "sft"], "pairs": [test(kl, -0.3)]},
+        "primary": [kl],
+        "differences": {"fidelity_teacher": [kl], "benchmarks": [accuracy]},
+        "ranking": {"order": ["logit_kd", "sft"], "pairs": [kl]},
         "cost": {"sft": cost, "logit_kd": cost | {"training_seconds": 150.0}},
         "pareto": {"cost": "training_seconds", "front": ["sft", "logit_kd"]},
         "verdict": ["By KL logit_kd comes first of 2."],
