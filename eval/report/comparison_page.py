@@ -177,13 +177,12 @@ def _families(content: dict) -> Section:
     """Every measure, a table for each family."""
     families = dict.fromkeys(measure["family"] for measure in content["measures"].values())
     tables = [_family(content, family) for family in families]
-    return Section("measures", "All measures", "↑ more is better, ↓ less is better.", tables)
+    return Section("measures", "All measures", "In brackets is which way is better.", tables)
 
 
 def _family(content: dict, family: str) -> Table:
     own = {key: m for key, m in content["measures"].items() if m["family"] == family}
-    arrows = {"higher": "↑", "lower": "↓"}
-    columns = ["configuration", *(f"{m['label']} {arrows[m['better']]}" for m in own.values())]
+    columns = ["configuration", *(f"{m['label']} ({m['better']})" for m in own.values())]
     rows = [
         [_name(content, c["name"]), *(_value(m, m["values"].get(c["name"])) for m in own.values())]
         for c in content["configurations"]
