@@ -14,7 +14,6 @@ import numpy as np
 from scipy import optimize, stats
 from sklearn import metrics
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_test
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
@@ -245,9 +244,12 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for how many tests there are (Holm 1979), in their order."""
-    if not len(p_values):
-        return []
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    # Not statsmodels' multipletests, which collects garbage at each call: a tenth of a second.
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()
 
 
 def minimum_detectable_effect(

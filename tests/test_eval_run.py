@@ -12,6 +12,9 @@ import pytest
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
 
 from eval import run as command
+from eval.comparison.measures import FAMILIES
+from eval.comparison.result import build
+from eval.comparison.runs import find
 from eval.item_store import ItemStore
 from eval.options import ModelOptions
 from eval.subjects import load_models, load_run
@@ -132,6 +135,29 @@ def test_every_part_runs_and_the_second_time_computes_nothing(trained, data, tmp
     for name in command.PARTS:
         items = [tmp_path / out / f"results/items/{name}.jsonl" for out in ("1", "2")]
         assert items[0].read_bytes() == items[1].read_bytes()
+    compare_with_itself(trained, tmp_path)
+
+
+def compare_with_itself(trained, folder):
+    """What `eval.compare` reads is what is written here: the same student as two runs is told apart nowhere."""
+    runs = []
+    for rate in (1, 2):
+        run = shutil.copytree(
+            trained, folder / f"rate_{rate}", ignore=shutil.ignore_patterns("results")
+        )
+        shutil.copytree(folder / "1/results", run / "results")
+        for name in ("run.json", command.RESULT):
+            source = trained if name == "run.json" else folder / "1"
+            content = json.loads((source / "results" / name).read_text())
+            content["recipe"]["learning_rate"] = rate
+            (run / "results" / name).write_text(json.dumps(content))
+        runs.append(run)
+    content = build(find(runs), resamples=99)
+    families = {measure["family"] for measure in content["measures"].values()}
+    assert families == set(FAMILIES)
+    tests = [test for family in content["differences"].values() for test in family]
+    assert tests
+    assert all(test["value"] == 0 and test["p"] in (1, None) for test in tests)
 
 
 def test_the_student_is_the_trained_one(trained):

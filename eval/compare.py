@@ -1,0 +1,120 @@
+"""Compare runs, from what they left on disk:
+
+    python -m eval.compare outputs/A outputs/B ... [STUDY_FOLDER] [--baseline sft] [--quality kl]
+
+Writes comparison.json, comparison.md and pictures. Runs that differ in their seed alone are taken together. What
+cannot be compared is refused, with the reasons. docs/comparison.md says what the numbers are.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from eval.comparison import tables
+from eval.comparison.result import build
+from eval.comparison.runs import STUDY, find
+from medistill_trl.errors import UserError
+from medistill_trl.files import write_text
+from medistill_trl.run_directory import RunDirectory
+
+RESULT, PAGE = "comparison.json", "comparison.md"
+DEFAULT_OUT = Path("outputs/comparison")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; python -m eval.compare --help lists the options")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    parser = _Parser(
+        prog="python -m eval.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="Run directories, and folders of studies.",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="A configuration, method or run that all others are compared with; by default the SFT one, else the first.",
+    )
+    parser.add_argument(
+        "--quality",
+        metavar="MEASURE",
+        help="What is ranked and tested first: kl, retention, heldout_kl or any key of comparison.json's measures; by "
+        "default kl, or heldout_kl where a run has no evaluation.",
+    )
+    parser.add_argument(
+        "--x",
+        metavar="KEY",
+        help="Recipe key along which the ablation is plotted; by default the number that varies.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"By default the study's comparison/, the results/ of a single run, else {DEFAULT_OUT}.",
+    )
+    parser.add_argument(
+        "--allow_partial",
+        action="store_true",
+        help="Compare what is there of unfinished runs and studies.",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def default_out(paths: list[Path]) -> Path:
+    """Beside what is compared, where that is one thing."""
+    if len(paths) > 1:
+        return DEFAULT_OUT
+    study = (paths[0] / STUDY).is_file()
+    return paths[0] / "comparison" if study else RunDirectory(paths[0]).results
+
+
+def compare(request: argparse.Namespace) -> tuple[dict, Path]:
+    """Write the comparison; returns it and the path of its page."""
+    from eval.plots import draw
+
+    found = find(request.paths, request.allow_partial)
+    content = build(found, request.baseline, request.quality, request.x)
+    out = request.out or default_out(request.paths)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(out / RESULT, text + "\n")
+    pictures = [path.name for path in draw(content, out)]
+    write_text(out / PAGE, tables.document(content, pictures))
+    return content, out / PAGE
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, or that of the user's error, which is printed without a traceback."""
+    try:
+        content, page = compare(parse(arguments))
+    except UserError as error:
+        print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
+        return error.exit_code
+    print(" ".join(content["verdict"]))
+    for entry in content["missing"]:
+        print(f"\n{entry['run']} {entry['what']}; made by\n  {entry['command']}")
+    for note in content["notes"]:
+        print(f"\nnote: {note}")
+    for path, why in content["left_out"].items():
+        print(f"\nleft out: {path}: {why}")
+    print(f"\nfinished: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

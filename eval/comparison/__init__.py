@@ -1,0 +1,12 @@
+"""Runs side by side, from what they left on disk. Nothing is measured here and torch is not loaded.
+
+runs.py          run directories and studies → runs, and runs that differ in their seed alone → configurations
+comparable.py    refuses what cannot be compared, with the reasons
+measures.py      what is compared: a number of each run, and of each of its items
+paired.py        statistics of two configurations on the same items
+differences.py   measures → estimates, differences against the baseline, a ranking
+cost.py          what each configuration took, and the Pareto front
+verdict.py       the answer in words
+result.py        comparison.json
+tables.py        comparison.md
+"""

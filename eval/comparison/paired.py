@@ -1,0 +1,360 @@
+"""Two configurations on the same items: estimates, intervals and tests. Pure functions on arrays.
+
+A measure of a run is the mean over its items of one number an item; `linearised` makes shares, means and ratios
+that. A configuration is one or several runs that differ in their seed alone, so it comes as an array of runs by
+items, and two things make a difference uncertain:
+
+- **items**: would other questions say the same? Exact McNemar test for right and wrong; sign-flip test and BCa
+  bootstrap for numbers. Runs are averaged item by item first: more seeds do not make more questions.
+- **seeds**: would other seeds say the same? Known only with two runs or more on both sides. Then the variance between
+  items and that between runs are added, and Student's t is taken at Satterthwaite's degrees of freedom.
+
+Shapes: S runs, N items, K differences.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from scipy import signal, stats
+
+from eval.statistics import (
+    BATCH,
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Interval,
+    mcnemar,
+    minimum_detectable_effect,
+    wilson,
+)
+
+POWER = 0.8
+NO_ITEMS = "no items"
+ROUNDING = 1e-12  # of a sum, relative to its terms
+
+Kind = Literal["right or wrong", "number", "whole"]
+
+
+def linearised(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """One number an item whose mean is Σ numerators / Σ denominators, and whose variance that of the ratio.
+
+    They are R + N (aᵢ − R bᵢ) / Σ b, the delta method (Cochran 1977, chapter 6). Where every denominator is the
+    same they are the items' own values.
+    """
+    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    if np.ptp(b) == 0:
+        return a / b
+    ratio = a.sum() / b.sum()
+    return ratio + len(a) * (a - ratio * b) / b.sum()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measure of one configuration.
+
+    Args:
+        values_SN: A row for each run; its mean is the run's measure.
+        kind: `right or wrong`, 0 or 1 for each item; `number`; `whole`, one number a run, without items (N = 1).
+    """
+
+    values_SN: np.ndarray
+    kind: Kind
+
+    @property
+    def seeds(self) -> int:
+        return len(self.values_SN)
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        return self.values_SN.mean(axis=1)
+
+    @property
+    def by_item(self) -> np.ndarray:
+        return self.values_SN.mean(axis=0)
+
+    @property
+    def value(self) -> float:
+        return float(self.by_seed.mean())
+
+    @cached_property
+    def seed_variance(self) -> float | None:
+        """Of the mean over seeds; None with one seed."""
+        return float(self.by_seed.var(ddof=1) / self.seeds) if self.seeds > 1 else None
+
+
+@dataclass(frozen=True)
+class Error:
+    """How uncertain a number is.
+
+    Args:
+        standard: Its standard error.
+        freedom: Degrees of freedom of Student's t.
+    """
+
+    standard: float
+    freedom: float
+
+    @classmethod
+    def sum(cls, parts: Sequence[tuple[float, int]]) -> "Error":
+        """Of independent variances, each with its degrees of freedom (Satterthwaite 1946)."""
+        variance = sum(part for part, _ in parts)
+        if variance == 0:
+            return cls(0.0, float(max(freedom for _, freedom in parts)))
+        spread = sum(part**2 / freedom for part, freedom in parts)
+        return cls(math.sqrt(variance), variance**2 / spread)
+
+    @property
+    def half_width(self) -> float:
+        return float(stats.t.ppf((1 + LEVEL) / 2, self.freedom) * self.standard)
+
+    def p_value(self, value: float) -> float:
+        """Two-sided, of there being no difference."""
+        if self.standard == 0:
+            return 1.0 if value == 0 else 0.0
+        return float(2 * stats.t.sf(abs(value) / self.standard, self.freedom))
+
+    def detectable(self) -> float:
+        """The smallest true difference that a test at 5 % finds with a power of 80 %."""
+        return (
+            float(stats.t.ppf((1 + LEVEL) / 2, self.freedom) + stats.t.ppf(POWER, self.freedom))
+            * self.standard
+        )
+
+
+def _item_part(values_N: np.ndarray) -> list[tuple[float, int]]:
+    """Variance of a mean over items; none for a measure without items."""
+    n = len(values_N)
+    return [(float(values_N.var(ddof=1) / n), n - 1)] if n > 1 else []
+
+
+def estimate(sample: Sample) -> Estimate:
+    """A configuration's measure; with several seeds its interval is for other items and other seeds."""
+    n = sample.values_SN.shape[1]
+    if sample.seeds == 1:
+        if sample.kind == "right or wrong":
+            return wilson(round(sample.values_SN.sum()), n)
+        parts = _item_part(sample.by_item)
+    else:
+        parts = [*_item_part(sample.by_item), (sample.seed_variance, sample.seeds - 1)]
+    if not parts:
+        return Estimate(sample.value, None, n, note="one number: no interval")
+    half = Error.sum(parts).half_width
+    low, high = sample.value - half, sample.value + half
+    if sample.kind == "right or wrong":
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(sample.value, (low, high), n)
+
+
+# --- differences
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First − second.
+
+    Args:
+        value: Of the means over seeds and items.
+        interval: 95 %: for other items and other seeds where both sides have several, else for other items; None
+            where neither is known.
+        items: The BCa interval over items alone.
+        n: Items.
+        seeds: Runs of both sides.
+        test: Of the items, in words.
+        p_items: That other items would say the same of these runs; None without items.
+        p_seeds: That other items and seeds would; None with one seed on either side.
+        detectable: The smallest difference found with a power of 80 % before adjustment for several tests; None
+            where it is not known.
+        alone: Items that the first alone and the second alone has right; None unless each is one run.
+    """
+
+    value: float
+    interval: Interval | None
+    items: Interval | None
+    n: int
+    seeds: tuple[int, int]
+    test: str
+    p_items: float | None
+    p_seeds: float | None
+    detectable: float | None
+    alone: tuple[int, int] | None = None
+
+    @property
+    def p(self) -> float | None:
+        """What counts: the larger of the two, so a difference holds for items and for seeds."""
+        known = [p for p in (self.p_items, self.p_seeds) if p is not None]
+        return max(known, default=None)
+
+    def to_dict(self) -> dict:
+        content = {
+            "value": self.value,
+            "interval_95": _listed(self.interval),
+            "interval_items_95": _listed(self.items),
+            "n": self.n,
+            "seeds": list(self.seeds),
+            "test": self.test,
+            "p_items": self.p_items,
+            "p_seeds": self.p_seeds,
+            "p": self.p,
+            "minimum_detectable": self.detectable,
+        }
+        if self.alone is not None:
+            content |= {"only_first_right": self.alone[0], "only_second_right": self.alone[1]}
+        return content
+
+
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def differences(
+    pairs: Sequence[tuple[Sample, Sample]], seed: int = 0, resamples: int = RESAMPLES
+) -> list[Difference]:
+    """Compare many pairs at once; those with equally many items share their resamples.
+
+    Args:
+        pairs: Of each the same items in the same order and the same kind.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, (first, second) in enumerate(pairs):
+        if first.values_SN.shape[1] != second.values_SN.shape[1] or first.kind != second.kind:
+            raise ValueError("a pair needs the same items and the same kind of values")
+        by_length.setdefault(first.values_SN.shape[1], []).append(place)
+    found: dict[int, Difference] = {}
+    for n, places in by_length.items():
+        gaps_NK = np.stack([pairs[k][0].by_item - pairs[k][1].by_item for k in places], axis=1)
+        intervals = bca_intervals(gaps_NK, seed, resamples) if n > 1 else [None] * len(places)
+        flipped = sign_flip(gaps_NK, seed, resamples)
+        for k, interval, p in zip(places, intervals, flipped, strict=True):
+            found[k] = _difference(*pairs[k], interval, float(p), resamples)
+    return [found[place] for place in range(len(pairs))]
+
+
+def _difference(
+    first: Sample, second: Sample, items: Interval | None, flipped: float, resamples: int
+) -> Difference:
+    n, seeds = first.values_SN.shape[1], (first.seeds, second.seeds)
+    value = first.value - second.value
+    parts = [] if first.kind == "whole" else _item_part(first.by_item - second.by_item)
+    test, p_items, alone = f"sign-flip, {resamples:,} draws", flipped, None
+    if first.kind == "whole":
+        test, p_items, items = NO_ITEMS, None, None
+    elif first.kind == "right or wrong":
+        test, p_items, alone = _exact(first, second)
+    interval, p_seeds = items, None
+    error = Error.sum(parts) if parts else None
+    if min(seeds) > 1:
+        error = Error.sum(
+            [*parts, (first.seed_variance, seeds[0] - 1), (second.seed_variance, seeds[1] - 1)]
+        )
+        interval = (value - error.half_width, value + error.half_width)
+        p_seeds = error.p_value(value)
+    detectable = error.detectable() if error is not None else None
+    if alone is not None:
+        detectable = minimum_detectable_effect(n, sum(alone) / n)
+    return Difference(value, interval, items, n, seeds, test, p_items, p_seeds, detectable, alone)
+
+
+def _exact(first: Sample, second: Sample) -> tuple[str, float, tuple[int, int] | None]:
+    """The exact test of right and wrong answers: its name, its p-value and who is right alone."""
+    if first.seeds == second.seeds == 1:
+        found = mcnemar(first.values_SN[0], second.values_SN[0])
+        alone = (found["only_first"], found["only_second"])
+        return "exact McNemar", found["p_value"], alone
+    # In whole numbers: shares of runs that have an item right, over a common denominator.
+    gaps_N = (first.by_item - second.by_item) * math.lcm(first.seeds, second.seeds)
+    return "exact sign-flip", sign_flip_exact(np.rint(gaps_N).astype(int)), None
+
+
+# --- tests over items
+
+
+def sign_flip_exact(gaps_N: np.ndarray) -> float:
+    """The exact two-sided sign-flip test of whole-numbered differences.
+
+    Were the two sides alike, each item's difference would as soon have the other sign. With one run on each
+    side, where differences are −1, 0 and 1, this is the exact McNemar test.
+    """
+    total = abs(int(gaps_N.sum()))
+    sizes, counts = np.unique(np.abs(gaps_N[gaps_N != 0]), return_counts=True)
+    chances = np.ones(1)  # of every total, from −largest to largest
+    for size, count in zip(sizes, counts, strict=True):
+        part = np.zeros(2 * size * count + 1)
+        part[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = signal.convolve(chances, part)
+    totals = np.arange(len(chances)) - len(chances) // 2
+    return float(np.clip(chances[np.abs(totals) >= total].sum(), 0.0, 1.0))
+
+
+def sign_flip(gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+    """The sign-flip test of each column by random draws, (K,); never 0 (Phipson and Smyth 2010)."""
+    n, k = gaps_NK.shape
+    total_K = np.abs(gaps_NK.sum(axis=0))
+    slack_K = ROUNDING * np.abs(gaps_NK).sum(axis=0)
+    rng = np.random.default_rng(seed)
+    extreme_K = np.zeros(k, int)
+    for size in _batches(resamples):
+        signs_RN = 2.0 * rng.integers(2, size=(size, n)) - 1.0
+        extreme_K += (np.abs(signs_RN @ gaps_NK) >= total_K - slack_K).sum(axis=0)
+    return (1 + extreme_K) / (1 + resamples)
+
+
+def bca_intervals(
+    gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval | None]:
+    """The BCa bootstrap interval of each column's mean (Efron 1987), all from the same resamples.
+
+    `scipy.stats.bootstrap` gives the same, one column at a time. None where it is not defined: then nearly all
+    resamples lie on one side.
+    """
+    n, k = gaps_NK.shape
+    mean_K = gaps_NK.mean(axis=0)
+    centred_NK = gaps_NK - mean_K
+    shifts_RK = np.concatenate(
+        [counts_RN @ centred_NK / n for counts_RN in _resampled(n, seed, resamples)]
+    )
+    spread_K = np.abs(centred_NK).sum(axis=0)
+    shifts_RK[np.abs(shifts_RK) < ROUNDING * spread_K] = 0.0  # ties stay ties
+    below_K = ((shifts_RK < 0).mean(axis=0) + (shifts_RK <= 0).mean(axis=0)) / 2
+    found: list[Interval | None] = []
+    for column in range(k):
+        if np.ptp(gaps_NK[:, column]) == 0:
+            found.append((float(mean_K[column]),) * 2)
+            continue
+        levels = _bca_levels(below_K[column], centred_NK[:, column])
+        if not np.isfinite(levels).all():
+            found.append(None)
+            continue
+        low, high = np.quantile(shifts_RK[:, column], levels) + mean_K[column]
+        found.append((float(low), float(high)))
+    return found
+
+
+def _bca_levels(below: float, centred_N: np.ndarray) -> np.ndarray:
+    """Which quantiles of the resamples are the interval's ends.
+
+    Args:
+        below: Share of resamples below the estimate, ties a half.
+        centred_N: What each item adds; the jackknife of a mean follows from it.
+    """
+    bias = stats.norm.ppf(below)
+    acceleration = (centred_N**3).sum() / (6 * np.square(centred_N).sum() ** 1.5)
+    ends = bias + stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # where all resamples lie on one side
+        return stats.norm.cdf(bias + ends / (1 - acceleration * ends))
+
+
+def _resampled(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each item is drawn, (R, N) at a time."""
+    rng = np.random.default_rng(seed)
+    for size in _batches(resamples):
+        draws_RN = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(draws_RN.ravel(), minlength=size * n).reshape(size, n).astype(float)
+
+
+def _batches(total: int) -> Iterator[int]:
+    for start in range(0, total, BATCH):
+        yield min(BATCH, total - start)
