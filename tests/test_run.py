@@ -287,7 +287,11 @@ STRESS = [
 
 
 @pytest.fixture(
-    params=[("online", "cpu.yaml"), ("stored", "cpu.yaml"), ("online", "cpu_ddp.yaml")],
+    params=[
+        pytest.param(("online", "cpu.yaml"), marks=pytest.mark.slow),
+        ("stored", "cpu.yaml"),
+        ("online", "cpu_ddp.yaml"),
+    ],
     ids=["online", "stored", "online-2-processes"],
 )
 def straight_and_killed(request, tiny_overlay, tmp_path):
@@ -375,7 +379,9 @@ def test_nothing_to_resume_is_an_error(tiny_overlay):
 # --- the embedded pair -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_ddp.yaml"])
+@pytest.mark.parametrize(
+    "config", ["cpu.yaml", pytest.param("cpu_ddp.yaml", marks=pytest.mark.slow)]
+)
 def test_the_embedded_pair_trains(tmp_path, model_cache, config):
     flags = ["--max_steps", 4, "--output_dir", tmp_path / "x", "--teacher_max_new_tokens", 24]
     store = ["--completion_store", tmp_path / "c.sqlite"]
