@@ -76,7 +76,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]], better: str) -> list
     def beaten(name: str) -> bool:
         cost, quality = points[name][0], sign * points[name][1]
         return any(
-            c < cost and sign * q > quality and (c, sign * q) != (cost, quality)
+            c <= cost and sign * q >= quality and (c, sign * q) != (cost, quality)
             for c, q in points.values()
         )
 
