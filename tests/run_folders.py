@@ -42,12 +42,14 @@ def write_run(
     items: int = 40,
     evaluated: bool = True,
     seconds: float = 100.0,
+    prompts: int = 0,
     **settings,
 ) -> Path:
     """A finished run.
 
     Args:
         items: Of every part.
+        prompts: Of the held-out check, whose records are kept; 0 for a run that kept only its totals.
         settings: Keys of its recipe.
     """
     recipe = {
@@ -60,7 +62,12 @@ def write_run(
         "max_steps": 48,
         **settings,
     }
-    write_json(folder / "results/run.json", record(recipe, skill, seconds))
+    content = record(recipe, skill, seconds)
+    if prompts:
+        rng = np.random.default_rng([seed, *method.encode(), 1])
+        content["heldout"]["after"], rows = heldout(skill, prompts, rng)
+        write_items(folder, "heldout", rows)
+    write_json(folder / "results/run.json", content)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "COMPLETE").write_text("done\n")
     if evaluated:
@@ -96,6 +103,31 @@ def record(recipe: dict, skill: float, seconds: float) -> dict:
         "heldout": {"before": before | sizes, "after": after | sizes},
         "log_history": [{"loss": 2.0, "step": 1}, middle | {"step": 24}, {"loss": 1.0, "step": 48}],
     }
+
+
+def heldout(skill: float, prompts: int, rng) -> tuple[dict, list[dict]]:
+    tokens = np.random.default_rng(3).integers(30, 64, prompts)
+    rows = []
+    for n, length in enumerate(tokens.tolist()):
+        kl = (3.0 - 2.5 * skill) * rng.lognormal(0, 0.2)
+        sums = {
+            "kl_nats": kl * length,
+            "ce_nats": (1 + kl) * length,
+            "agreed": round(length * skill),
+        }
+        rows.append({"stage": "after", "id": f"v{n}", "tokens": length, "bytes": 4 * length} | sums)
+    total = {
+        key: sum(row[key] for row in rows) for key in ("kl_nats", "ce_nats", "agreed", "tokens")
+    }
+    after = {
+        "kl_nats": total["kl_nats"] / total["tokens"],
+        "ce_nats": total["ce_nats"] / total["tokens"],
+        "top1": total["agreed"] / total["tokens"],
+        "bits_per_byte": total["ce_nats"] / math.log(2) / (4 * total["tokens"]),
+        "tokens": total["tokens"],
+        "prompts": prompts,
+    }
+    return after, [row | {"stage": "before"} for row in rows] + rows
 
 
 def write_evaluation(folder: Path, recipe: dict, skill: float, items: int, rng) -> None:

@@ -286,6 +286,34 @@ def test_runs_without_an_evaluation_compare_by_the_held_out_check(tmp_path, caps
     assert content["primary"][0]["p"] is None
 
 
+def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(tmp_path):
+    runs = [
+        write_run(tmp_path / m, m, evaluated=False, skill=s, prompts=20)
+        for m, s in (("sft", 0.3), ("logit_kd", 0.6))
+    ]
+    content = content_of(*runs)
+    after = json.loads((runs[1] / "results/run.json").read_text())["heldout"]["after"]
+    for key in ("kl_nats", "ce_nats", "top1", "bits_per_byte"):
+        value = content["measures"][f"heldout.{key}"]["values"]["logit_kd"]
+        assert (value["value"], value["n"]) == (pytest.approx(after[key]), 20)
+    test = content["primary"][0]
+    assert (test["n"], test["p_seeds"], test["told_apart"]) == (20, None, True)
+    assert "It can be told apart from sft" in content["verdict"][1]
+    # A run that kept only totals still compares, without a test.
+    (runs[0] / "results/items/heldout.jsonl").unlink()
+    assert content_of(*runs)["primary"][0]["p"] is None
+    edit(runs[1], "run.json", heldout__after__kl_nats=9.0)
+    with pytest.raises(UserError, match=r"heldout.kl_nats is 9 in its result and .*train again"):
+        content_of(*runs)
+
+
+def test_other_held_out_prompts_are_refused(tmp_path, capsys):
+    runs = [write_run(tmp_path / m, m, evaluated=False, prompts=5) for m in ("sft", "ppo")]
+    path = runs[1] / "results/items/heldout.jsonl"
+    path.write_text(path.read_text().replace('"v3"', '"other"'))
+    assert "heldout.kl_nats: item v3" in refused(capsys, *runs)
+
+
 def test_what_only_some_have_is_compared_among_them(tmp_path):
     runs = [write_run(tmp_path / m, m, evaluated=m != "spin") for m in ("sft", "ppo", "spin")]
     content = content_of(*runs)
@@ -343,7 +371,7 @@ def test_a_single_run_gets_its_pictures(tmp_path):
         ("comprehensive_evaluation.json", "results__faithfulness__verifier__fingerprint", "x", "faithfulness, verifier"),
         ("comprehensive_evaluation.json", "recipe__lora_r", 4, "its evaluation is of another recipe than its run"),
         ("comprehensive_evaluation.json", "recipe__seed", 7, "its evaluation is of another recipe than its run"),
-        ("comprehensive_evaluation.json", "results__benchmarks__medqa__student__accuracy__value", 0.99, "benchmarks.medqa.accuracy is 0.99 in the evaluation and"),
+        ("comprehensive_evaluation.json", "results__benchmarks__medqa__student__accuracy__value", 0.99, "benchmarks.medqa.accuracy is 0.99 in its result and"),
     ],
 )  # fmt: skip
 def test_what_is_not_comparable_is_refused_by_name(pair, capsys, file, place, value, named):

@@ -1,7 +1,7 @@
 """A run's measures, read from what it left.
 
-Most come from the evaluation's per-item records, so that two runs can be compared item by item. Some are one number
-a run: the held-out check in results/run.json, and what is no mean over items (macro F1, BLEU).
+Most come from per-item records, so that two runs can be compared item by item. Some are one number a run: what is no
+mean over items (macro F1, BLEU), and the held-out check of runs that kept no records of it.
 """
 
 import math
@@ -63,7 +63,7 @@ def columns(run: Run) -> dict[str, Column]:
     Raises:
         UserError: the per-item records are not those of the result beside them.
     """
-    found: dict[str, Column] = {}
+    found = _read_heldout(run.items("heldout")) if run.has_items("heldout") else {}
     for part, read in READERS.items():
         if part in run.results:
             found |= read(run.items(part))
@@ -100,8 +100,8 @@ def _check(run: Run, measure: Measure, column: Column, value: float | None) -> N
     if value is None or math.isclose(column.value, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
         return
     raise UserError(
-        f"{run.path}: {measure.key} is {value:.6g} in the evaluation and {column.value:.6g} by its items: they are not of "
-        f"the same evaluation; evaluate again: python -m eval.run {run.path}"
+        f"{run.path}: {measure.key} is {value:.6g} in its result and {column.value:.6g} by its items: they do not belong "
+        f"together; evaluate again: python -m eval.run {run.path} (held-out check: train again)"
     )
 
 
@@ -188,6 +188,24 @@ def _get(name: str) -> Callable[[dict], float]:
 
 def _bits(name: str) -> Callable[[dict], float]:
     return lambda row: row[name] / math.log(2)
+
+
+def _read_heldout(rows: list[dict]) -> dict[str, Column]:
+    own = [row for row in rows if row["stage"] == "after"]
+    found = {
+        "heldout.ce_nats": _column(own, _completion, _get("ce_nats"), _get("tokens")),
+        "heldout.bits_per_byte": _column(own, _completion, _bits("ce_nats"), _get("bytes")),
+    }
+    if own and own[0]["kl_nats"] is not None:  # else the tokenizers differ
+        found |= {
+            "heldout.kl_nats": _column(own, _completion, _get("kl_nats"), _get("tokens")),
+            "heldout.top1": _column(own, _completion, _get("agreed"), _get("tokens")),
+        }
+    return _known(found)
+
+
+def _completion(row: dict) -> tuple:
+    return row["id"], row["tokens"], row["bytes"]
 
 
 def _read_fidelity(rows: list[dict]) -> dict[str, Column]:

@@ -49,6 +49,7 @@ def check_items(columns: Sequence[tuple[Run, dict[str, Column]]]) -> None:
     problems = []
     for key, measure in MEASURES.items():
         having = [(run, found[key].items) for run, found in columns if key in found]
+        having = [(run, items) for run, items in having if items]  # not one number a run
         if measure.common or not having:
             continue
         first_run, first = having[0]

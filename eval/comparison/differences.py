@@ -47,7 +47,8 @@ def _aligned(having: dict[str, list[Column]], measure: Measure) -> dict[str, Sam
     """The measure over the same items for all; empty if they share none."""
     every = [column for own in having.values() for column in own]
     kind = every[0].kind
-    if kind == "whole":
+    if any(column.kind == "whole" for column in every):  # some run kept no items
+        kind = "whole"
         return {
             name: Sample(np.array([[column.value] for column in own]), kind)
             for name, own in having.items()

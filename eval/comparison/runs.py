@@ -59,13 +59,19 @@ class Run:
         """Optimizer steps taken."""
         return max((entry["step"] for entry in self.record["log_history"]), default=0)
 
+    def has_items(self, part: str) -> bool:
+        return self._items(part).is_file()
+
+    def _items(self, part: str) -> Path:
+        return RunDirectory(self.path).results / "items" / f"{part}.jsonl"
+
     def items(self, part: str) -> list[dict]:
-        """The evaluation's records of one part.
+        """The records of single items of a part of the evaluation, or of the held-out check.
 
         Raises:
             UserError: there are none, or they cannot be read.
         """
-        path = RunDirectory(self.path).results / "items" / f"{part}.jsonl"
+        path = self._items(part)
         try:
             # Of bytes: a text's splitlines also splits at separators that stand within an answer.
             return [json.loads(line) for line in path.read_bytes().splitlines()]

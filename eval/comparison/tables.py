@@ -18,7 +18,7 @@ HOW = """\
 - **Several tests**: p-values are adjusted by Holm's method over the configurations, and over the benchmarks in
   their tables. **Bold** differences can be told apart from none at 5 %. The primary test is that of the first
   table; the others show where to look.
-- **Without items** (the held-out check, macro F1, ECE, BLEU) there is a test over seeds alone.
+- **Without items** (macro F1, ECE, BLEU) there is a test over seeds alone.
 - **Detectable** is the smallest true difference that one such test, unadjusted, finds with a power of 80 %.
 """
 
