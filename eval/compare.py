@@ -2,7 +2,7 @@
 
     python -m eval.compare outputs/A outputs/B ... [STUDY_FOLDER] [--baseline sft] [--quality kl]
 
-Writes comparison.json, comparison.md and pictures. Runs that differ in their seed alone are taken together. What
+Writes comparison.json, comparison.md, pictures and report.html. Runs that differ in their seed alone are taken together. What
 cannot be compared is refused, with the reasons. docs/comparison.md says what the numbers are.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from eval.comparison import tables
 from eval.comparison.result import build
 from eval.comparison.runs import STUDY, find
+from eval.report import write_report
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.run_directory import RunDirectory
@@ -85,7 +86,7 @@ def default_out(paths: list[Path]) -> Path:
 
 
 def compare(request: argparse.Namespace) -> tuple[dict, Path]:
-    """Write the comparison; returns it and the path of its page."""
+    """Write the comparison; returns it and the path of the report."""
     from eval.plots import draw
 
     found = find(request.paths, request.allow_partial)
@@ -95,13 +96,14 @@ def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     write_text(out / RESULT, text + "\n")
     pictures = [path.name for path in draw(content, out)]
     write_text(out / PAGE, tables.document(content, pictures))
-    return content, out / PAGE
+    single = len(request.paths) == 1 and not (request.paths[0] / STUDY).is_file()
+    return content, write_report(request.paths[0] if single else out)  # a run has a page of its own
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0, or that of the user's error, which is printed without a traceback."""
     try:
-        content, page = compare(parse(arguments))
+        content, report = compare(parse(arguments))
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
@@ -112,7 +114,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nnote: {note}")
     for path, why in content["left_out"].items():
         print(f"\nleft out: {path}: {why}")
-    print(f"\nfinished: {page}")
+    print(f"\nfinished: {report.parent / PAGE}\nreport:   {report}")
     return 0
 
 

@@ -257,6 +257,7 @@ def generative(skill: float, items: int, rng) -> tuple[dict, list[dict]]:
     for subject, chance in (("student", 0.2 + 0.6 * skill), ("teacher", 0.7)):
         for n, draw in enumerate(rng.random(items)):
             row = _answered("medqa", subject, n, 4, bool(draw < chance))
+            row |= {"text": "The answer is A.", "finished": True}
             rows.append(row | ({"choice": None, "right": False} if draw > 0.95 else {}))
     own = {s: [row for row in rows if row["subject"] == s] for s in ("student", "teacher")}
     result = {
@@ -320,7 +321,7 @@ def fidelity(skill: float, items: int, rng) -> tuple[dict, list[dict]]:
         }
         rows += of_set
     texts = [
-        {"texts": "greedy", "id": f"q{n}"}
+        {"texts": "greedy", "id": f"q{n}", "student_text": "Rest.", "teacher_text": "Rest heals."}
         | {name: float(np.clip(0.2 + 0.5 * skill + 0.1 * rng.normal(), 0, 1)) for name in TEXTS}
         | {"exact_match": float(rng.random() < 0.4 * skill)}
         for n in range(items)
@@ -341,10 +342,15 @@ def faithfulness(skill: float, items: int, rng) -> tuple[dict, list[dict]]:
                 p=[level, (1 - level) / 2, (1 - level) / 2],
             )
             found = [
-                {"bin": str(b), "recalled": bool(b == "supported" and rng.random() < 0.8)}
+                {
+                    "text": "Rest heals.",
+                    "bin": str(b),
+                    "recalled": bool(b == "supported" and rng.random() < 0.8),
+                }
                 for b in bins
             ]
-            rows.append({"subject": subject, "id": f"p{n}", "claims": found})
+            answer = {"answer": "Rest heals. " * len(found), "finished": True, "claims": found}
+            rows.append({"subject": subject, "id": f"p{n}", **answer})
     result: dict = {"prompts": items, "answer_tokens": 128, "verifier": {"fingerprint": "sha256:v"}}
     for subject in ("student", "teacher"):
         own = [row["claims"] for row in rows if row["subject"] == subject]

@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
 
+from eval import compare
 from eval import run as command
 from eval.comparison.measures import FAMILIES
 from eval.comparison.result import build
@@ -142,22 +143,26 @@ def compare_with_itself(trained, folder):
     """What `eval.compare` reads is what is written here: the same student as two runs is told apart nowhere."""
     runs = []
     for rate in (1, 2):
-        run = shutil.copytree(
-            trained, folder / f"rate_{rate}", ignore=shutil.ignore_patterns("results")
-        )
-        shutil.copytree(folder / "1/results", run / "results")
+        run = shutil.copytree(trained, folder / f"rate_{rate}")
+        shutil.copytree(folder / "1/results", run / "results", dirs_exist_ok=True)
         for name in ("run.json", command.RESULT):
-            source = trained if name == "run.json" else folder / "1"
-            content = json.loads((source / "results" / name).read_text())
+            content = json.loads((run / "results" / name).read_text())
             content["recipe"]["learning_rate"] = rate
             (run / "results" / name).write_text(json.dumps(content))
         runs.append(run)
     content = build(find(runs), resamples=99)
     families = {measure["family"] for measure in content["measures"].values()}
     assert families == set(FAMILIES)
+    assert content["primary"][0]["n"] == 2  # answers
+    assert content["differences"]["heldout"][0]["n"] == 4  # prompts
     tests = [test for family in content["differences"].values() for test in family]
     assert tests
     assert all(test["value"] == 0 and test["p"] in (1, None) for test in tests)
+    # A run by itself gets the pictures, and they go into its own page.
+    assert compare.main([str(runs[0])]) == 0
+    report = (runs[0] / "results/report.html").read_text()
+    for title in ("Training: the loss", "Benchmarks, with intervals", "Fidelity to the teacher"):
+        assert title in report
 
 
 def test_the_student_is_the_trained_one(trained):
