@@ -2,7 +2,9 @@
 
 runs.py          run directories and studies → runs, and runs that differ in their seed alone → configurations
 comparable.py    refuses what cannot be compared, with the reasons
-measures.py      what is compared: a number of each run, and of each of its items
+measures.py      what is compared, and which way it is good
+columns.py       a run's measures, item by item, from its files
+curves.py        the held-out check over a run's steps
 paired.py        statistics of two configurations on the same items
 differences.py   measures → estimates, differences against the baseline, a ranking
 cost.py          what each configuration took, and the Pareto front
