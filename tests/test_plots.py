@@ -111,7 +111,7 @@ def colours(figure) -> set[str]:
     return {to_hex(line.get_color()).upper() for line in lines}
 
 
-@pytest.mark.parametrize("name", set(PICTURES) - {"ablation_plot"})
+@pytest.mark.parametrize("name", sorted(set(PICTURES) - {"ablation_plot"}))
 def test_a_method_has_its_colour_in_every_picture(content, name):
     found = colours(PICTURES[name](content))
     assert {COLOURS[method].upper() for method in SKILLS} <= found
