@@ -33,6 +33,7 @@ from medistill_trl.schema import (
     read_fields,
     read_own_fields,
     read_requirements,
+    read_unused,
 )
 
 
@@ -91,21 +92,21 @@ def load(arguments: list[str]) -> Recipe:
     method = next(
         (entry for layer in reversed(layers) for entry in layer if entry.key == "method"), None
     )
-    schema, own_defaults, required = _schema_for(method, problems)
+    known = _known_keys(method, problems)
     if method is not None:
         layers = [_for_method(layer, method.value, problems) for layer in layers]
-    layers = [[entry.fitted(schema) for entry in layer] for layer in layers]
+    layers = [[entry.fitted(known.schema) for entry in layer] for layer in layers]
     winners = {entry.key: entry for layer in layers for entry in layer}
     warnings: list[str] = []
-    if schema:
+    if known.schema:
         for layer in layers:
             for entry in layer:
-                problems.extend(entry.say(text) for text in _check(entry, schema))
-        _check_whole(winners, schema, required, problems, warnings)
+                problems.extend(entry.say(text) for text in _check(entry, known))
+        _check_whole(winners, known, problems, warnings)
     if problems:
         raise RecipeError(problems)
     given = {key: entry.value for key, entry in winners.items()}
-    return Recipe(values={**own_defaults, **given}, warnings=warnings)
+    return Recipe(values={**known.defaults, **given}, warnings=warnings)
 
 
 def methods() -> list[str]:
@@ -134,19 +135,32 @@ def _for_method(layer: list[Entry], method: str, problems: list[str]) -> list[En
     return plain + own
 
 
-def _schema_for(
-    method: Entry | None, problems: list[str]
-) -> tuple[dict[str, Field], dict[str, Any], dict[str, tuple[Any, str]]]:
-    """Every key of a recipe for this method, the defaults of those this project defines, and the values
-    that the method needs."""
+@dataclass(frozen=True)
+class _Keys:
+    """What a recipe of a method may hold; nothing if the method is not known.
+
+    Args:
+        schema: Every key.
+        defaults: Of the keys this project defines.
+        required: Key → the one value that works with the method, and why.
+        unused: Inherited key → why it means nothing with the method.
+    """
+
+    schema: dict[str, Field] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    required: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+
+def _known_keys(method: Entry | None, problems: list[str]) -> _Keys:
     if method is None:
         problems.append(f"no `method` given: one of {', '.join(methods())}")
-        return {}, {}, {}
+        return _Keys()
     if method.value not in methods():
         problems.append(
             f"{method.where}: method: {method.value!r} does not exist; one of {', '.join(methods())}"
         )
-        return {}, {}, {}
+        return _Keys()
     module = f"medistill_trl.methods.{method.value}"
     config = config_class_name(module)
     own = read_own_fields(module, config)
@@ -154,18 +168,20 @@ def _schema_for(
         own.update(read_fields(arguments.__module__, arguments.__name__))
     defaults = {name: item.default for name, item in own.items() if item.default is not REQUIRED}
     schema = {**read_fields(module, config), **own}
-    return schema, defaults, read_requirements(module, config)
+    return _Keys(schema, defaults, read_requirements(module, config), read_unused(module, config))
 
 
-def _check(entry: Entry, schema: dict[str, Field]) -> list[str]:
+def _check(entry: Entry, known: _Keys) -> list[str]:
     """What is wrong with one entry by itself."""
-    key, value = entry.key, entry.value
+    key, value, schema = entry.key, entry.value, known.schema
     if SECRET_VALUE.search(str(value)) or (SECRET_KEY.search(key) and key not in schema):
         return [
             "looks like a secret, and a recipe is saved with the run; remove it and log in instead"
         ]
     if key in REFUSED:
         return [f"not supported: {REFUSED[key]}"]
+    if key in known.unused:
+        return [f"does nothing with this method, leave it out: {known.unused[key]}"]
     if key not in schema:
         close = difflib.get_close_matches(key, schema, n=1)
         return ["unknown key" + (f"; did you mean {close[0]}?" if close else "")]
@@ -234,28 +250,27 @@ def _limit_problems(value: Any, limits: dict[str, float]) -> list[str]:
 
 def _check_whole(
     winners: dict[str, Entry],
-    schema: dict[str, Field],
-    required: dict[str, tuple[Any, str]],
+    known: _Keys,
     problems: list[str],
     warnings: list[str],
 ) -> None:
     """What only the merged recipe shows: missing keys, contradictions, files that are not there."""
     problems.extend(
         f"{name}: required, and given in no file: {item.help}"
-        for name, item in schema.items()
+        for name, item in known.schema.items()
         if item.default is REQUIRED and name not in winners
     )
     values = {
         name: item.default
-        for name, item in schema.items()
+        for name, item in known.schema.items()
         if item.default not in (REQUIRED, COMPUTED)
     }
     for key, entry in winners.items():
-        if key in schema and _type_problem(entry.value, schema[key]) is None:
+        if key in known.schema and _type_problem(entry.value, known.schema[key]) is None:
             values[key] = entry.value
     needs = [
         (key, f"must be {value} with this method: {why}")
-        for key, (value, why) in required.items()
+        for key, (value, why) in known.required.items()
         if values.get(key) != value
     ]
     for found, said in ((problems, [*needs, *conflicts(values)]), (warnings, cautions(values))):

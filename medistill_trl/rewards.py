@@ -37,6 +37,43 @@ REDUCTIONS = ("mean", "sum")
 ANSWER_FORMAT = RationaleFormat(separator="Final answer:", end_marker="", instruction="")
 
 
+@dataclass
+class RewardArguments:
+    """The keys of the methods that the teacher rewards."""
+
+    LIMITS = {  # see schema.py
+        "truncation_penalty": {"min": 0},
+        "likelihood_weight": {"min": 0},
+        "correctness_weight": {"min": 0},
+    }
+
+    reward: str = field(
+        default="token_kl",
+        metadata={
+            "help": "teacher_logprob (the teacher's log-probability of the completion), token_kl (log p_T − "
+            "log p_S of every token; needs a shared tokenizer) or sequence (likelihood and right answers).",
+            "choices": ["teacher_logprob", "token_kl", "sequence"],
+        },
+    )
+    logprob_reduction: str = field(
+        default="mean",
+        metadata={"help": "Of teacher_logprob over the tokens.", "choices": ["mean", "sum"]},
+    )
+    likelihood_weight: float = field(
+        default=1.0, metadata={"help": "Of the mean teacher log-probability in reward sequence."}
+    )
+    correctness_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of a right final answer in reward sequence, where the prompt has an answer."
+        },
+    )
+    truncation_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Taken from the reward of a completion cut at the length limit."},
+    )
+
+
 @dataclass(frozen=True)
 class Rewards:
     """What some completions earned.

@@ -15,6 +15,10 @@ key that all methods share says so, and why, in another one:
 
     REQUIRES = {"teacher_completions": ("stored", "every epoch trains on the same answers")}
 
+one that inherits keys which mean nothing to it says which, and why,
+
+    UNUSED = {"gamma": "a sample has one weight, for all its tokens"}
+
 and one that is trained on the student's own samples alone, never on completions of the teacher, says that:
 
     TRAINS_ON = "student"
@@ -69,13 +73,21 @@ def read_fields(module: str, class_name: str) -> dict[str, Field]:
 
 
 def read_own_fields(module: str, class_name: str) -> dict[str, Field]:
-    """As `read_fields`, without the inherited ones."""
-    return _own_fields(*_require_class(module, class_name))
+    """As `read_fields`, without what other packages define and without `UNUSED`."""
+    path, class_def = _require_class(module, class_name)
+    unused = _declared(class_def, "UNUSED")
+    own = _read_class(path, class_def, within=Path(__file__).parent)
+    return {name: item for name, item in own.items() if name not in unused}
 
 
 def read_requirements(module: str, class_name: str) -> dict[str, tuple[Any, str]]:
     """What the class declares in `REQUIRES`: key → the one value that works, and why."""
     return _declared(_require_class(module, class_name)[1], "REQUIRES")
+
+
+def read_unused(module: str, class_name: str) -> dict[str, str]:
+    """What the class declares in `UNUSED`: inherited key → why it means nothing there."""
+    return _declared(_require_class(module, class_name)[1], "UNUSED")
 
 
 def read_trains_on(module: str, class_name: str) -> str:
@@ -118,11 +130,15 @@ def config_class_name(module: str) -> str:
     return names[0]
 
 
-def _read_class(path: Path, class_def: ast.ClassDef) -> dict[str, Field]:
+def _read_class(
+    path: Path, class_def: ast.ClassDef, within: Path | None = None
+) -> dict[str, Field]:
+    """Its fields; of its bases only those defined below `within`, if that is given."""
     fields: dict[str, Field] = {}
-    for base in class_def.bases:
-        if isinstance(base, ast.Name) and (base_class := _find_class(path, base.id)):
-            fields.update(_read_class(*base_class))
+    for base in reversed(class_def.bases):  # the first base wins, as in Python
+        found = _find_class(path, base.id) if isinstance(base, ast.Name) else None
+        if found and (within is None or found[0].is_relative_to(within)):
+            fields.update(_read_class(*found, within))
     fields.update(_own_fields(path, class_def))
     return fields
 

@@ -141,6 +141,21 @@ def test_a_method_says_what_it_needs_of_a_shared_key(tmp_path, method):
     assert "o.yaml:1: teacher_completions: must be stored with this method: " in found
 
 
+def test_an_inherited_key_that_means_nothing_is_refused_where_it_stands(tmp_path):
+    [problem] = problems(tmp_path, "gamma: 0.5\n", base="recipes/bond.yaml")
+    assert problem.endswith(
+        "o.yaml:1: gamma: does nothing with this method, leave it out: "
+        "a sample has one weight, for all its tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("adakd", "alpha"), ("bond", "truncation_penalty"), ("ppo", "reward")]
+)
+def test_the_resolved_recipe_holds_the_keys_of_the_method_it_extends(method, own):
+    assert own in recipe.load([f"recipes/{method}.yaml"]).values
+
+
 def test_required_keys_are_named(tmp_path):
     found = "\n".join(problems(tmp_path, "method: sft", base=None))
     for key in ("teacher_model", "student_model", "train_file", "validation_file"):

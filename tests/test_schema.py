@@ -1,13 +1,15 @@
 """The schema read from source equals what importing the classes shows."""
 
 import dataclasses
+import importlib
 
 import pytest
 from trl import GRPOConfig, SFTConfig
 from trl.experimental.gkd import GKDConfig
 
 from medistill_trl import schema
-from medistill_trl.arguments import TeacherArguments
+from medistill_trl.arguments import SHARED, TeacherArguments
+from medistill_trl.recipe import methods
 
 
 @pytest.mark.parametrize(
@@ -47,13 +49,22 @@ def test_limits_and_required_fields():
     assert fields["teacher_model"].default is schema.REQUIRED
 
 
-def test_every_declared_limit_names_a_field():
-    from medistill_trl.arguments import SHARED
-    from medistill_trl.methods.sft import SFTDistillConfig
-
-    for cls in (*SHARED, SFTDistillConfig):
+@pytest.mark.parametrize("method", methods())
+def test_what_a_config_declares_names_its_fields(method):
+    module = f"medistill_trl.methods.{method}"
+    config = getattr(importlib.import_module(module), schema.config_class_name(module))
+    for cls in (*SHARED, *(c for c in config.__mro__ if c.__module__.startswith("medistill_trl"))):
         names = {f.name for f in dataclasses.fields(cls)}
-        assert set(getattr(cls, "LIMITS", {})) <= names, cls
+        assert set(vars(cls).get("LIMITS", {})) <= names, cls
+        assert set(vars(cls).get("UNUSED", {})) <= names, cls
+
+
+def test_own_fields_are_those_this_project_defines_and_the_class_uses():
+    own = schema.read_own_fields("medistill_trl.methods.bond", "BondConfig")
+    assert {"num_samples", "reward", "truncation_penalty", "entropy_coef"} <= set(own)
+    assert not {"gamma", "num_generations"} & set(own)  # one is UNUSED, one is TRL's alone
+    unused = schema.read_unused("medistill_trl.methods.bond", "BondConfig")
+    assert {"gamma", "num_generations"} <= set(unused)
 
 
 def test_unknown_class_is_named():

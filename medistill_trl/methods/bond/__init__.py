@@ -28,15 +28,6 @@ from medistill_trl.methods.on_policy import OnPolicyConfig, build_with
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
 
-# Keys of on_policy that mean nothing here, and what does.
-UNUSED = {
-    "gamma": "a sample has one weight, for all its tokens",
-    "baseline": "weights are centred already",
-    "num_generations": "num_samples is the number of samples of each prompt",
-    "num_iterations": "every window of samples is trained on once",
-    "epsilon": "every window of samples is trained on once",
-    "epsilon_high": "every window of samples is trained on once",
-}
 # Keys of some objectives only.
 OF_OBJECTIVE = {
     "rank_reward": ("rank_policy_gradient",),
@@ -52,6 +43,14 @@ class BondConfig(OnPolicyConfig):
 
     NAME = "bond"
     TRAINS_ON = "student"  # see schema.py
+    UNUSED = {
+        "gamma": "a sample has one weight, for all its tokens",
+        "baseline": "weights are centred already",
+        "num_generations": "num_samples is the number of samples of each prompt",
+        "num_iterations": "every window of samples is trained on once",
+        "epsilon": "every window of samples is trained on once",
+        "epsilon_high": "every window of samples is trained on once",
+    }
     LIMITS = {
         "num_samples": {"min": 2},
         "jeffreys_beta": {"min": 0, "max": 1},
@@ -107,7 +106,7 @@ class BondConfig(OnPolicyConfig):
     )
 
     def __post_init__(self):
-        for name, reason in UNUSED.items():
+        for name, reason in self.UNUSED.items():
             self._refuse_unless_default(
                 name, f"does nothing in bond and must be left out: {reason}"
             )

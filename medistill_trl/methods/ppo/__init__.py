@@ -23,7 +23,7 @@ from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import GB, Part, policy_memory
 from medistill_trl.methods import Method
 from medistill_trl.methods.ppo.trainer import PPODistillTrainer
-from medistill_trl.rewards import TeacherReward, check_pair
+from medistill_trl.rewards import RewardArguments, TeacherReward, check_pair
 from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
@@ -44,7 +44,7 @@ INSTEAD = {
 
 
 @dataclass
-class PPODistillConfig(PPOConfig):
+class PPODistillConfig(RewardArguments, PPOConfig):
     """`trl.experimental.ppo.PPOConfig` plus the reward, and the coefficients under the report's names; keys of it that
     would change nothing here are refused."""
 
@@ -60,38 +60,10 @@ class PPODistillConfig(PPOConfig):
         "value_clip": {"above": 0},
         "value_coef": {"min": 0},
         "value_learning_rate": {"above": 0},
-        "truncation_penalty": {"min": 0},
-        "likelihood_weight": {"min": 0},
-        "correctness_weight": {"min": 0},
         "max_completion_length": {"min": 1},
         "loss_chunk_size": {"min": 1},
     }
 
-    reward: str = field(
-        default="token_kl",
-        metadata={
-            "help": "teacher_logprob (the teacher's log-probability of the completion), token_kl (log p_T − "
-            "log p_S of every token; needs a shared tokenizer) or sequence (likelihood and right answers).",
-            "choices": ["teacher_logprob", "token_kl", "sequence"],
-        },
-    )
-    logprob_reduction: str = field(
-        default="mean",
-        metadata={"help": "Of teacher_logprob over the tokens.", "choices": ["mean", "sum"]},
-    )
-    likelihood_weight: float = field(
-        default=1.0, metadata={"help": "Of the mean teacher log-probability in reward sequence."}
-    )
-    correctness_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Of a right final answer in reward sequence, where the prompt has an answer."
-        },
-    )
-    truncation_penalty: float = field(
-        default=0.0,
-        metadata={"help": "Taken from the reward of a completion cut at the length limit."},
-    )
     gamma: float = field(
         default=1.0, metadata={"help": "γ, discount of later rewards: 1 counts all that follow."}
     )
