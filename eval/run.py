@@ -27,9 +27,9 @@ from eval.report import write_report
 from medistill_trl import console
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
+from medistill_trl.run_directory import RunDirectory
 
 SCHEMA_VERSION = 1
-RESULT = "comprehensive_evaluation.json"
 INTERRUPTED = 130  # exit code, as a shell gives it
 
 # Name → module. A part is a module with
@@ -135,7 +135,7 @@ def evaluate(request: Request) -> Path:
             "items_computed": store.computed,
             "items_from_store": store.reused,
         }
-    path = request.out / "results" / RESULT
+    path = RunDirectory(request.out).evaluation
     content = {**_describe(request, pair), "results": results, "cost": costs}
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path

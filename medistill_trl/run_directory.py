@@ -18,6 +18,9 @@ from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.recipe import Recipe
 
+# In results/.
+RECORD = "run.json"
+EVALUATION = "comprehensive_evaluation.json"
 HEADER = "# The resolved recipe of this run; running it again reproduces the run.\n"
 
 
@@ -47,7 +50,7 @@ class RunDirectory:
 
     @property
     def evaluation(self) -> Path:
-        return self.results / "comprehensive_evaluation.json"
+        return self.results / EVALUATION
 
     @property
     def complete(self) -> Path:

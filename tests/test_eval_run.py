@@ -20,6 +20,7 @@ from eval.item_store import ItemStore
 from eval.options import ModelOptions
 from eval.subjects import load_models, load_run
 from medistill_trl.errors import UserError
+from medistill_trl.run_directory import EVALUATION
 
 BENCHMARKS = ["--tasks", "benchmarks", "--limit", "3"]
 
@@ -51,7 +52,7 @@ def evaluate(*arguments):
 
 
 def result_of(folder):
-    return json.loads((folder / "results" / command.RESULT).read_text())
+    return json.loads((folder / "results" / EVALUATION).read_text())
 
 
 def without_cost(content):
@@ -145,7 +146,7 @@ def compare_with_itself(trained, folder):
     for rate in (1, 2):
         run = shutil.copytree(trained, folder / f"rate_{rate}")
         shutil.copytree(folder / "1/results", run / "results", dirs_exist_ok=True)
-        for name in ("run.json", command.RESULT):
+        for name in ("run.json", EVALUATION):
             content = json.loads((run / "results" / name).read_text())
             content["recipe"]["learning_rate"] = rate
             (run / "results" / name).write_text(json.dumps(content))

@@ -51,6 +51,10 @@ def record(out):
     return json.loads((out / "study.json").read_text())
 
 
+def comparison(out):
+    return json.loads((out / "comparison/comparison.json").read_text())
+
+
 def entry(out, name):
     return next(run for run in record(out)["runs"] if run["name"] == name)
 
@@ -90,6 +94,16 @@ def test_the_record_says_what_was_run_and_what_came_out(finished):
     assert (run["steps"], run["ended_by"], run["exit_code"]) == (4, "schedule", 0)
     assert run["wall_seconds"] > run["training_seconds"] > 0
     assert run["heldout"]["after"]["kl_nats"] != run["heldout"]["before"]["kl_nats"]
+
+
+def test_the_runs_that_finished_are_compared(finished):
+    folder, _, result = finished
+    out = folder / "out"
+    assert f"comparing: python -m eval.compare {out} --allow_partial" in result.stdout
+    compared = comparison(out)
+    assert [entry["name"] for entry in compared["configurations"]] == ["sft"]
+    assert list(compared["left_out"]) == [str(out / COT)]
+    assert "<html" in (out / "comparison/report.html").read_text()
 
 
 def test_given_again_only_what_is_missing_is_done(finished):
@@ -223,6 +237,8 @@ def test_killed_and_given_again_it_ends_as_the_same_study(tmp_path, teacher_fold
         assert (out / name / ADAPTER).read_bytes() == (expected / name / ADAPTER).read_bytes()
         assert entry(out, name)["heldout"] == entry(expected, name)["heldout"]
     assert sorted(prompts_drawn(out)) == sorted(prompts_drawn(expected))
+    for key in ("measures", "primary", "ranking", "curves"):
+        assert comparison(out)[key] == comparison(expected)[key], key
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.run import RESULT
 from eval.run import SCHEMA_VERSION as EVALUATION_VERSION
 from medistill_trl.errors import UserError
-from medistill_trl.run_directory import RunDirectory
+from medistill_trl.run_directory import RECORD, RunDirectory
 
 STUDY = "study.json"
 RECORD_VERSION = 1
@@ -179,15 +178,15 @@ def _add_run(path: Path, found: Found, unfinished: dict[str, str]) -> None:
         )
     if not directory.is_complete:
         unfinished[str(path)] = "no COMPLETE"
-    if not (directory.results / "run.json").is_file():
+    if not (directory.results / RECORD).is_file():
         unfinished[str(path)] = found.left_out[str(path)] = (
             "no results/run.json: it has not trained to its end"
         )
         return
-    record = _read(directory.results / "run.json", RECORD_VERSION)
+    record = _read(directory.results / RECORD, RECORD_VERSION)
     evaluation = None
-    if (directory.results / RESULT).is_file():
-        evaluation = _read(directory.results / RESULT, EVALUATION_VERSION)
+    if directory.evaluation.is_file():
+        evaluation = _read(directory.evaluation, EVALUATION_VERSION)
     found.runs.append(Run(path, record, evaluation, directory.is_complete))
 
 

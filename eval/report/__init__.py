@@ -9,10 +9,10 @@ What it shows is read from disk; nothing is measured here but intervals.
 from pathlib import Path
 
 from eval.report.comparison_page import RESULT, comparison_page
-from eval.report.run_page import EVALUATION, RECORD, run_page
+from eval.report.run_page import run_page
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
-from medistill_trl.run_directory import RunDirectory
+from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 
 PAGE = "report.html"
 

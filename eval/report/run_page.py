@@ -18,10 +18,8 @@ from eval.report.tables import (
     words,
 )
 from eval.report.verdict import Verdict, of_evaluation, of_training
-from medistill_trl.run_directory import RunDirectory
+from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 
-RECORD = "run.json"
-EVALUATION = "comprehensive_evaluation.json"
 PICTURES = {
     "training_curves.png": "Training: the loss or the reward, and the held-out check",
     "benchmark_comparison.png": "Benchmarks, with intervals and floors",

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from medistill_trl.files import write_text
 from medistill_trl.hub import licences, scores
-from medistill_trl.run_directory import RunDirectory
+from medistill_trl.run_directory import RECORD, RunDirectory
 from medistill_trl.schema import read_about
 
 CARD_NAME = "README.md"
@@ -43,8 +43,8 @@ def write_model_card(run: RunDirectory, record: dict) -> None:
 
 def read_record(run: RunDirectory) -> dict:
     """results/run.json, or of a run that has none yet what it was started with."""
-    if (run.results / "run.json").is_file():
-        return run.read_result("run.json")
+    if (run.results / RECORD).is_file():
+        return run.read_result(RECORD)
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     inputs = json.loads(run.inputs.read_text(encoding="utf-8"))
     models = {role: inputs[role] for role in ("student", "teacher")}

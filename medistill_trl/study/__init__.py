@@ -4,6 +4,7 @@
     grid.py         study → runs, each with a checked recipe and a hash
     progress.py     what has been done: the folders of the runs, their logs, the time still to go
     record.py       study.json
+    commands.py     what a user would type to train, to evaluate and to compare
     execution.py    starts the runs, side by side, and stops them
     plan.py         memory of every run, in a process of its own
     tables.py       what the user sees

@@ -3,24 +3,21 @@
     python -m medistill_trl.study recipes/studies/X.yaml [overlay.yaml ...] [--jobs N] [--set place=value ...]
 
 Overlays are laid over those the study names. What is finished is skipped and what is not is resumed, so
-the same command goes on after an interruption. docs/study.md describes the file.
+the same command goes on after an interruption. In the end the runs are compared, and the folder has a report.
+docs/study.md describes the file.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 from medistill_trl.errors import UserError
 from medistill_trl.study import definition, grid, plan, progress, tables
-from medistill_trl.study.execution import (
-    Executor,
-    as_typed,
-    commands,
-    make_slots,
-    only_study,
-)
+from medistill_trl.study.commands import as_typed, commands, compare_command, executable
+from medistill_trl.study.execution import Executor, make_slots, only_study
 from medistill_trl.study.record import StudyRecord
 
 
@@ -66,7 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit status: 1 if a run failed or fell short of the budget."""
+    """The command; returns its exit status: 1 if a run failed or fell short of the budget, or the runs could not
+    be compared."""
     given = parse(arguments)
     study = definition.read(given.study, given.overlays, given.set)
     out = given.out or Path("outputs") / study.name
@@ -90,11 +88,18 @@ def main(arguments: list[str]) -> int:
     with only_study(out):
         slots = make_slots(given.jobs, given.config_file)
         Executor(study, runs, record, slots, given.config_file, known).work()
-    print(tables.results(record))
-    # The comparison of the finished runs (`python -m eval.compare`) is to be started here.
-    failed = record.count("failed", "short")
-    print(f"\n{record.count('finished')} of {len(runs)} runs finished; {out}/study.json")
-    return 1 if failed else 0
+        print(tables.results(record))
+        finished = record.count("finished")
+        print(f"\n{finished} of {len(runs)} runs finished; {out}/study.json\n", flush=True)
+        compared = _compare(out, partial=finished < len(runs)) if finished else True
+    return 0 if compared and finished == len(runs) else 1
+
+
+def _compare(out: Path, partial: bool) -> bool:
+    """Compare the finished runs; whether that could be done."""
+    command = compare_command(out, partial)
+    print(f"comparing: {as_typed(command)}", flush=True)
+    return subprocess.run(executable(command), check=False).returncode == 0
 
 
 def _show_warnings(runs: list[grid.Run]) -> None:

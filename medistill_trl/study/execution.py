@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.launch import die_with_parent
 from medistill_trl.study import progress
+from medistill_trl.study.commands import as_typed, commands, executable
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 from medistill_trl.study.record import StudyRecord, log_of
@@ -75,55 +75,11 @@ def _gpus() -> list[str]:
     return [str(n) for n in range(len(listed.splitlines()))]
 
 
-# --- commands
-
-
-def train_command(run: Run, config_file: str | None) -> list[str]:
-    """As a user would type it; continues a run that was started."""
-    launcher = ["accelerate", "launch", *(["--config_file", config_file] if config_file else [])]
-    launcher += ["--main_process_port", "0"]  # any that is free: runs may work side by side
-    resume = ["--resume"] if progress.is_started(run) else []
-    return [*launcher, "recipes/run.py", *run.words, *resume]
-
-
-def evaluate_command(run: Run, study: Study) -> list[str]:
-    flags = []
-    for key, value in study.evaluate.items():
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *(str(item) for item in values if item is not True)]
-    return ["python", "-m", "eval.run", str(run.directory), *flags]
-
-
-def commands(run: Run, study: Study, record: StudyRecord, config_file: str | None) -> list[list]:
-    """What is still to be done for a run, in order; nothing for a finished one."""
-    left = [] if progress.is_trained(run) else [train_command(run, config_file)]
-    if study.evaluate is not None:
-        command = evaluate_command(run, study)
-        done = (
-            record[run]["evaluated"] == command and (run.directory / progress.EVALUATION).exists()
-        )
-        left += [] if done and not left else [command]
-    return left
-
-
-def as_typed(command: list[str]) -> str:
-    return shlex.join(command)
-
-
 def _how_ended(code: int) -> str:
     """The exit status of a command that failed, in words."""
     if code == -signal.SIGUSR1:
         return "refused"  # `launch.leave` has given the reason and stopped the launcher
     return f"exit status {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-
-
-def _executable(command: list[str]) -> list[str]:
-    """The same, with the programs of this environment, whether or not it is activated."""
-    program = {
-        "python": sys.executable,
-        "accelerate": str(Path(sys.executable).with_name("accelerate")),
-    }
-    return [program[command[0]], *command[1:]]
 
 
 # --- one run
@@ -159,7 +115,7 @@ class Job:
                 flush=True,
             )
             self.process = subprocess.Popen(
-                _executable(self.command),
+                executable(self.command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from medistill_trl.errors import UserError
-from medistill_trl.run_directory import RunDirectory
+from medistill_trl.run_directory import RECORD, RunDirectory
 from medistill_trl.study.definition import Budget
 from medistill_trl.study.grid import Run, identity
 
-EVALUATION = "results/comprehensive_evaluation.json"
 TAIL_BYTES = 16384
 COMMAND = "== "  # begins the line of a command in a log
 # What a step's time depends on, besides the machine.
@@ -73,7 +72,7 @@ def _sha256(path: str) -> str:
 
 def results(run: Run) -> dict[str, Any]:
     """Of a finished run: the part of its record a study shows."""
-    record = RunDirectory(run.directory).read_result("run.json")
+    record = RunDirectory(run.directory).read_result(RECORD)
     return {
         "steps": record["steps"],
         "ended_by": record["ended_by"],
