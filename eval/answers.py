@@ -48,7 +48,7 @@ def draw_answers(
     """
     completions = CompletionStore(store.folder / STORE)
     writer = _Writer(subject)
-    drawn = BatchSize.of(batch_size, PartialState().device).attempt(
+    drawn = BatchSize.of(batch_size, PartialState().device, writing=True).attempt(
         lambda size: completions.draw(writer, prompts, sampling, 1, size, label)
     )
     return [samples[0] for samples in drawn]

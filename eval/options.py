@@ -43,7 +43,7 @@ class Options:
     batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Items in one forward. auto: 16 on CPU; on a GPU 64, halved while memory runs out.",
+            "help": "Items in one forward. auto: on CPU 16 to write and 1 to read; on a GPU 64, halved while memory runs out.",
             "parse": batch_size,
         },
     )

@@ -60,7 +60,7 @@ def measure(
         seconds = [generate(subject, batch, NEW_TOKENS) for _ in range(REPETITIONS)]
         return size, batch["input_ids"].shape[1], min(seconds), added
 
-    batches = BatchSize.of(batch_size, PartialState().device)
+    batches = BatchSize.of(batch_size, PartialState().device, writing=True)
     size, prompt_tokens, seconds, added = batches.attempt(timed)
     return {
         **known,

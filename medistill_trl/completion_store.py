@@ -142,7 +142,7 @@ class CompletionStore:
     ) -> None:
         if not missing:
             return
-        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        batches = _batches(missing, batch_size)
         progress = tqdm(
             total=len(missing),
             desc=label,
@@ -185,6 +185,23 @@ class CompletionStore:
             (request.key,),
         ).fetchone()
         return Completion(text, json.loads(token_ids), bool(finished), end_id)
+
+
+def _batches(requests: list[Request], size: int) -> list[list[Request]]:
+    """Of at most `size` requests, none of them less than half as long as the longest beside it, to which it
+    is padded.
+
+    Args:
+        requests: Longest prompt first.
+    """
+    batches: list[list[Request]] = []
+    for request in requests:
+        fits = batches and len(batches[-1]) < size
+        if fits and 2 * len(request.prompt) >= len(batches[-1][0].prompt):
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
 
 
 def _try_lock(lock: IO) -> bool:

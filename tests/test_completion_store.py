@@ -81,6 +81,17 @@ def _draw_slowly(path, delay):
     draw(path, CountingTeacher(delay=delay))
 
 
+def test_a_prompt_is_not_padded_to_more_than_twice_its_length(tmp_path):
+    teacher = CountingTeacher()
+    draw(tmp_path / "c.sqlite", teacher, prompts=["x" * n for n in (2, 5, 30, 4, 16, 15, 14)])
+    assert [[len(prompt) for prompt in batch] for batch in teacher.batches] == [
+        [30, 16, 15],
+        [14],
+        [5, 4],
+        [2],
+    ]
+
+
 def test_a_kill_loses_at_most_the_batch_in_the_making(tmp_path):
     path = tmp_path / "c.sqlite"
     process = multiprocessing.get_context("spawn").Process(target=_draw_slowly, args=(path, 0.3))

@@ -283,7 +283,8 @@ def test_another_error_is_not_taken_for_memory():
 
 
 def test_auto_is_a_fixed_size_on_cpu():
-    assert BatchSize.of(None, torch.device("cpu")) == BatchSize(16, fixed=False)
+    assert BatchSize.of(None, torch.device("cpu")) == BatchSize(1, fixed=False)
+    assert BatchSize.of(None, torch.device("cpu"), writing=True) == BatchSize(16, fixed=False)
     assert BatchSize.of(3, torch.device("cpu")) == BatchSize(3, fixed=True)
 
 
