@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+from eval.report import write_report
 from eval.statistics import bootstrap_difference, holm, mcnemar, minimum_detectable_effect, wilson
 from medistill_trl import recipe
 
@@ -12,6 +13,7 @@ PNG = bytes.fromhex(  # one grey dot
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000" "1f15c4890000000d4944415478da63"
     "6868680000040601818a4d8a1a0000000049454e44ae426082"
 )  # fmt: skip
+ATTACK = "<script>window.ran=1</script></script><img src=x onerror='window.ran=2'><!--<script>"
 LETTERS = ["A", "B", "C", "D"]
 MODELS = {"teacher": "sha256:t float32 full", "student": "sha256:s"}
 ENVIRONMENT = {
@@ -279,6 +281,15 @@ def write_evaluation(
 
 
 KL, ACCURACY = "fidelity.teacher.kl_teacher_student_nats", "benchmarks.medqa.accuracy"
+
+
+def write_attacking_run(root: Path) -> Path:
+    """An evaluated run with its report, whose student tries to break out of the page; data lie beside it."""
+    run = write_run(root / "sft_first", answer=ATTACK, flags=["--lora_r", "8"])
+    chances = {"medqa": (0.28, 0.42), "medmcqa": (0.30, 0.33), "pubmedqa": (0.55, 0.40)}
+    write_evaluation(run, root / "data", chances, answer=ATTACK)
+    write_report(run)
+    return run
 
 
 def _compared(value: float) -> dict:

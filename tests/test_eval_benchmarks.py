@@ -9,6 +9,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
+from benchmark_rows import EXAMPLE, ROW, small_data
 from conftest import ROOT, make_model
 from data_builds import SAMPLE
 from datasets import Dataset
@@ -26,9 +27,9 @@ from eval.benchmarks import Answer, Respondent, evaluate, records, score, shuffl
 from eval.item_store import ItemStore
 from eval.likelihood import Forward, SubjectLM, shared_forwards
 from eval.options import ModelOptions, Options
-from eval.questions import TASKS, load_benchmarks, other_orders, refuse_leaks
+from eval.questions import TASKS, load_benchmarks, other_orders
 from eval.subjects import Pair, Subject, load_models
-from medistill_trl.errors import RunFailed, UserError
+from medistill_trl.errors import UserError
 
 BUNDLED = Path(lm_eval.__file__).parent / "tasks"
 REAL = ROOT.parent / "shared/data/raw"
@@ -250,142 +251,6 @@ def test_only_positions_that_predict_an_answer_go_through_the_head(data, tmp_pat
     longest = max(len(subject.form.tokenizer(label)["input_ids"]) for label in labels)
     assert len(rows_seen) == 5 * 2  # forwards: two of each benchmark
     assert max(rows_seen) <= 4 * longest
-
-
-# --- batches ---------------------------------------------------------------------------------------
-
-
-def test_the_batch_is_halved_until_it_fits_and_stays_so():
-    asked = []
-
-    def work(items):
-        asked.append(len(items))
-        if len(items) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return [item * 10 for item in items]
-
-    size = BatchSize(16, fixed=False)
-    assert size.map(work, list(range(7))) == [item * 10 for item in range(7)]
-    assert size.size == 2
-    assert asked == [7, 7, 4, 2, 2, 2, 1]
-    with pytest.raises(
-        RunFailed, match="out of memory at batch size 16; choose a smaller --batch_size"
-    ):
-        BatchSize(16, fixed=True).map(work, list(range(7)))
-
-
-def test_another_error_is_not_taken_for_memory():
-    def work(items):
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        BatchSize(4, fixed=False).map(work, [1])
-
-
-def test_auto_is_a_fixed_size_on_cpu():
-    assert BatchSize.of(None, torch.device("cpu")) == BatchSize(1, fixed=False)
-    assert BatchSize.of(None, torch.device("cpu"), writing=True) == BatchSize(16, fixed=False)
-    assert BatchSize.of(3, torch.device("cpu")) == BatchSize(3, fixed=True)
-
-
-# --- prompts ---------------------------------------------------------------------------------------
-
-
-def small_data(folder, name, row, example):
-    for place, content in (("", row), ("few_shot/", example)):
-        path = folder / f"benchmarks/{place}{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content) + "\n")
-    return folder
-
-
-ROW = {
-    "id": "t1",
-    "question": "Which vitamin prevents scurvy?",
-    "context": "Sailors were given lemons.\n\nThey stayed well.",
-    "options": ["Vitamin K", "Vitamin C", "Vitamin D", "Thiamine"],
-    "answer": 1,
-}
-EXAMPLE = ROW | {"id": "f1", "question": "Which vitamin prevents rickets?", "answer": 2}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "expected"),
-    [
-        (
-            "medqa",
-            {},
-            "Question: Which vitamin prevents scurvy?\nA. Vitamin K\nB. Vitamin C\nC. Vitamin D\nD. Thiamine\n"
-            "Answer:",
-        ),
-        (
-            "medmcqa",
-            {},
-            "Question: Which vitamin prevents scurvy?\nChoices:\nA. Vitamin K\nB. Vitamin C\nC. Vitamin D\n"
-            "D. Thiamine\nAnswer:",
-        ),
-        (
-            "pubmedqa",
-            {"options": ["yes", "no", "maybe"]},
-            "Abstract: Sailors were given lemons.\nThey stayed well.\nQuestion: Which vitamin prevents "
-            "scurvy?\nAnswer:",
-        ),
-        (
-            "pubhealth",
-            {"options": ["true", "false", "mixture", "unproven"]},
-            "Claim: Which vitamin prevents scurvy?\nQuestion: Is the claim true, false, a mixture of both, or "
-            "unproven?\nAnswer:",
-        ),
-        (
-            "pubhealth_2class",
-            {"options": ["true", "false"]},
-            "Claim: Which vitamin prevents scurvy?\nQuestion: Is the claim true or false?\nAnswer:",
-        ),
-    ],
-)
-def test_prompts_are_the_fields(tmp_path, name, changes, expected):
-    answer = {"answer": 1}
-    data = small_data(tmp_path, name, ROW | changes | answer, EXAMPLE | changes | answer)
-    (benchmark,) = load_benchmarks(data, Options(option_shuffles=0))[0].values()
-    (question,) = benchmark.questions
-    labels = "ABCD" if benchmark.has_letters else changes["options"]
-    assert question.prompt == expected
-    assert question.choices == [f" {label}" for label in labels]
-    (shot,) = load_benchmarks(data, Options(option_shuffles=0, few_shot=1))[0].values()
-    solved = expected.replace("scurvy", "rickets") + f" {labels[1]}\n\n"
-    assert shot.questions[0].prompt == solved + expected
-
-
-def test_examples_that_are_asked_are_refused():
-    rows = [{"id": "t1", "question": "Which vitamin  prevents SCURVY?"}]
-    for example in ({"id": "t1", "question": "other"}, {"id": "x", "question": ROW["question"]}):
-        with pytest.raises(UserError, match=f"{example['id']} also stand in the benchmark"):
-            refuse_leaks("medqa", [example], rows)
-    refuse_leaks("medqa", [EXAMPLE], rows)
-
-
-def test_a_leaking_file_is_refused_only_when_its_examples_are_shown(tmp_path):
-    data = small_data(tmp_path, "medqa", ROW, ROW)
-    load_benchmarks(data, Options())
-    with pytest.raises(UserError, match="few-shot examples of medqa: t1"):
-        load_benchmarks(data, Options(few_shot=1))
-
-
-def test_what_is_missing_is_said(tmp_path):
-    data = small_data(tmp_path, "medqa", ROW, EXAMPLE)
-    found, missing = load_benchmarks(data, Options(few_shot=2))
-    assert not found
-    assert "only 1 few-shot examples" in missing["medqa"]
-    assert "python -m data_prep.build --out" in missing["pubmedqa"]
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"), [({"answer": 4}, "no option 4"), ({"options": None}, "no options")]
-)
-def test_a_row_that_cannot_be_asked_is_named(tmp_path, change, problem):
-    row = {key: value for key, value in (ROW | change).items() if value is not None}
-    with pytest.raises(UserError, match=f"row t1 has {problem}"):
-        load_benchmarks(small_data(tmp_path, "medqa", row, EXAMPLE), Options())
 
 
 # --- order of the options --------------------------------------------------------------------------

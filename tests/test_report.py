@@ -8,30 +8,20 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from chromium import Browser, needs_chromium
-from report_runs import heldout_records, heldout_totals, write_evaluation, write_json, write_run
+from report_runs import ATTACK, write_attacking_run, write_evaluation, write_json, write_run
 
 from eval.report import write_report
 from eval.report.__main__ import main
-from eval.report.heldout import changes
 from eval.report.items import browser, outcome, read_items
 from eval.report.recipe_diff import differences
 from eval.report.tables import CHANGE, PERCENT, POINTS, Form
-from eval.report.verdict import of_evaluation, of_training
+from eval.report.verdict import of_evaluation
 from medistill_trl.errors import UserError
-
-ATTACK = "<script>window.ran=1</script></script><img src=x onerror='window.ran=2'><!--<script>"
-CHANCES = {"medqa": (0.28, 0.42), "medmcqa": (0.30, 0.33), "pubmedqa": (0.55, 0.40)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One evaluated run, whose student tries to break out of the page."""
-    root = tmp_path_factory.mktemp("report")
-    run = write_run(root / "sft_first", answer=ATTACK, flags=["--lora_r", "8"])
-    write_evaluation(run, root / "data", CHANCES, answer=ATTACK)
-    write_report(run)
-    return run
+    return write_attacking_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -134,71 +124,6 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
 
 
 # --- before and after training ---------------------------------------------------------------------
-
-
-def verdict_of(before, after):
-    records = heldout_records(before, after)
-    totals = heldout_totals(records)
-    return of_training(
-        totals["before"], totals["after"], changes(totals["before"], totals["after"], records)
-    )
-
-
-def test_the_change_and_its_interval_by_hand():
-    """Changes of −1 and −3 nats per token on as many tokens: mean −2, standard error 1, t of one degree 12.706."""
-    records = heldout_records([4.0, 4.0], [3.0, 1.0])
-    totals = heldout_totals(records)
-    found = changes(totals["before"], totals["after"], records)
-    assert found["kl_nats"]["value"] == pytest.approx(-2)
-    assert found["kl_nats"]["interval_95"] == pytest.approx([-2 - 12.7062, -2 + 12.7062], abs=1e-3)
-    assert found["top1"]["value"] == pytest.approx(0.4)
-    # 40 bytes for 10 tokens: −2 nats a token are −2/4 nats a byte.
-    assert found["bits_per_byte"]["value"] == pytest.approx(-0.5 / 0.693147, rel=1e-5)
-
-
-def test_the_verdict_follows_the_interval():
-    better = verdict_of([4.0, 4.2, 4.1, 4.3], [2.0, 2.1, 2.2, 2.2])
-    assert (better.tone, better.lead) == ("better", "Closer to its teacher than before training")
-    assert "fell from 4.15 to 2.12 nats per token" in better.sentences[0]
-    assert "51\u00a0% of what it was" in better.sentences[0]
-    worse = verdict_of([2.0, 2.1, 2.2, 2.2], [4.0, 4.2, 4.1, 4.3])
-    assert (worse.tone, worse.lead) == ("worse", "Further from its teacher than before training")
-    unclear = verdict_of([4.0, 4.2, 4.1, 4.3], [2.0, 6.0, 2.5, 5.9])
-    assert (unclear.tone, unclear.lead) == ("unclear", "Not told apart from the untrained student")
-    assert any("The interval holds 0" in sentence for sentence in unclear.sentences)
-
-
-def test_few_prompts_are_called_few():
-    assert any(
-        "4 prompts: few" in s
-        for s in verdict_of([4.0, 4.2, 4.1, 4.3], [2.0, 2.1, 2.2, 2.2]).sentences
-    )
-    many = verdict_of([4.0 + n / 100 for n in range(40)], [2.0 + n / 90 for n in range(40)])
-    assert not any("few" in sentence for sentence in many.sentences)
-
-
-def test_totals_alone_give_no_interval_and_no_claim():
-    totals = heldout_totals(heldout_records([4.0, 4.2], [2.0, 2.1]))
-    found = changes(totals["before"], totals["after"], [])
-    verdict = of_training(totals["before"], totals["after"], found)
-    assert verdict.tone == "unclear"
-    assert "no interval: the run kept totals only" in " ".join(verdict.sentences)
-
-
-def test_different_tokenizers_are_judged_by_bits_per_byte():
-    records = heldout_records([4.0, 4.2, 4.1], [2.0, 2.1, 2.2])
-    totals = heldout_totals(records)
-    for stage in totals.values():
-        stage |= {"kl_nats": None, "top1": None}
-    for record in records:
-        record |= {"kl_nats": None, "agreed": None}
-    found = changes(totals["before"], totals["after"], records)
-    assert set(found) == {"ce_nats", "bits_per_byte"}
-    assert (
-        of_training(totals["before"], totals["after"], found)
-        .sentences[0]
-        .startswith("bits per byte")
-    )
 
 
 def test_the_page_shows_the_verdict_and_both_sides(page):
@@ -373,123 +298,3 @@ def test_the_recipe_is_compared_with_the_shipped_one(folder, page):
 )
 def test_numbers_are_written_for_readers(form, value, shown):
     assert form(value) == shown
-
-
-# --- in a browser ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def opened(chromium, folder):
-    chromium.open(folder / "results/report.html")
-    return chromium
-
-
-def click(browser, selector):
-    browser.run(f"document.querySelector({json.dumps(selector)}).click()")
-
-
-def text(browser, selector):
-    return browser.run(f"document.querySelector({json.dumps(selector)}).textContent")
-
-
-@needs_chromium
-def test_the_page_opens_without_a_complaint_and_runs_nothing_of_the_models(opened):
-    opened.wait("!document.getElementById('browser').hidden")
-    assert (
-        opened.run("document.querySelector('#list .answers > div:last-child .text').textContent")
-        == ATTACK
-    )
-    assert opened.run("document.images.length") == 1
-    assert opened.run("window.ran === undefined")
-    assert opened.complaints == []
-
-
-@needs_chromium
-def test_markup_that_came_into_the_page_would_not_run(opened):
-    opened.run(
-        "document.body.insertAdjacentHTML('beforeend', '<img src=data: onerror=\"window.ran=3\">');"
-        "const s = document.createElement('script'); s.textContent = 'window.ran=4'; document.body.append(s);"
-    )
-    opened.run("new Promise((done) => setTimeout(done, 200))")
-    assert opened.run("window.ran === undefined")
-    assert any("Content Security Policy" in said for said in opened.complaints)
-
-
-@needs_chromium
-def test_tables_sort_both_ways_and_by_keyboard(opened):
-    column = "[...document.querySelectorAll('#benchmarks table')][0]"
-    shown = f"[...{column}.tBodies[0].rows].map((row) => Number(row.cells[2].dataset.sort))"
-    header = f"{column}.tHead.rows[0].cells[2]"
-    assert opened.run(f"{header}.textContent") == "student"
-    given = opened.run(shown)
-    opened.run(f"{header}.firstChild.click()")
-    assert opened.run(shown) == sorted(given, reverse=True) != given
-    assert opened.run(f"{header}.getAttribute('aria-sort')") == "descending"
-    opened.run(f"{header}.firstChild.focus()")
-    opened.press("Enter", 13)
-    assert opened.run(shown) == sorted(given)
-    opened.press("Enter", 13)
-    assert opened.run(shown) == given
-    names = f"[...{column}.tBodies[0].rows].map((row) => row.cells[0].textContent.trim())"
-    opened.run(f"{column}.tHead.rows[0].cells[0].firstChild.click()")
-    assert opened.run(names) == ["MedMCQA", "MedQA", "PubMedQA"]
-
-
-@needs_chromium
-def test_items_are_filtered_searched_and_paged(opened, folder):
-    content = json.loads((folder / "results/comprehensive_evaluation.json").read_text())
-    lost = content["results"]["retention"]["benchmarks"]["medqa"]["lost"]
-    click(opened, "a[data-set='benchmarks/medqa'][data-outcome='lost']")
-    assert opened.run("document.getElementById('set').value") == "benchmarks/medqa"
-    assert text(opened, "#count") == f"Items 1 to 20 of {lost}"
-    tags = "[...document.querySelectorAll('#list .tag.lost')].length"
-    assert opened.run(tags) == 20
-    click(opened, "#next")
-    assert text(opened, "#count").startswith("Items 21 to ")
-    assert text(opened, "#page") == f"page 2 of {-(-lost // 20)}"
-    click(opened, "#outcomes button[data-outcome='']")
-    assert text(opened, "#count") == "Items 1 to 20 of 400"
-    opened.run(
-        "const s = document.getElementById('search'); s.value = 'NUMBER 37 of '; s.dispatchEvent(new Event('input'))"
-    )
-    opened.wait("document.getElementById('count').textContent === 'Items 1 to 1 of 1'")
-    assert "Which drug is number 37 of medqa?" in text(opened, "#list")
-    assert opened.run("document.querySelectorAll('#list .options li').length") == 4
-    assert (
-        opened.run("document.querySelector('#list .options .correct .name').textContent")
-        == "B. drug 37B right answer"
-    )
-    click(opened, "#outcomes button[data-outcome='both_wrong']")
-    assert (
-        opened.run("document.querySelector('#outcomes [aria-pressed=true]').dataset.outcome")
-        == "both_wrong"
-    )
-    assert opened.complaints == []
-
-
-@needs_chromium
-def test_numbers_without_items_are_no_links(chromium, folder, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(folder, run)
-    (run / "results/items/benchmarks.jsonl").unlink()
-    write_report(run)
-    chromium.open(run / "results/report.html")
-    assert "400" in text(chromium, "#benchmarks table")
-    assert chromium.run("document.querySelectorAll('a[data-set]').length") == 0
-    assert chromium.complaints == []
-
-
-@needs_chromium
-@pytest.mark.parametrize("width", [360, 1280])
-def test_only_tables_scroll_sideways(chromium, folder, width):
-    chromium.open(folder / "results/report.html", width=width, height=800, dark=True)
-    click(chromium, "a[data-set='benchmarks/medqa'][data-outcome='lost']")
-    assert chromium.run("document.documentElement.scrollWidth") <= width
-    assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"

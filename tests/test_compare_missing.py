@@ -1,0 +1,146 @@
+"""`python -m eval.compare` on runs that lack something the others have, and on studies."""
+
+import json
+
+import pytest
+from comparisons import KL, compare, content_of, refused
+from run_folders import edit, write_json, write_run
+
+from eval.comparison.tables import document
+from medistill_trl.errors import UserError
+
+
+def test_runs_without_an_evaluation_compare_by_the_held_out_check(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / m, m, evaluated=False, skill=s)
+        for m, s in (("sft", 0.3), ("ppo", 0.6))
+    ]
+    assert compare(*runs, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert f"python -m eval.run {runs[0]}" in printed
+    assert "Which is better cannot be said" in printed
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "pareto.png",
+        "training_curves.png",
+    }
+    content = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert content["quality"] == "heldout.kl_nats"
+    assert content["ranking"]["order"] == ["ppo", "sft"]
+    assert content["primary"][0]["p"] is None
+
+
+def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(tmp_path):
+    runs = [
+        write_run(tmp_path / m, m, evaluated=False, skill=s, prompts=20)
+        for m, s in (("sft", 0.3), ("logit_kd", 0.6))
+    ]
+    content = content_of(*runs)
+    after = json.loads((runs[1] / "results/run.json").read_text())["heldout"]["after"]
+    for key in ("kl_nats", "ce_nats", "top1", "bits_per_byte"):
+        value = content["measures"][f"heldout.{key}"]["values"]["logit_kd"]
+        assert (value["value"], value["n"]) == (pytest.approx(after[key]), 20)
+    test = content["primary"][0]
+    assert (test["n"], test["p_seeds"], test["told_apart"]) == (20, None, True)
+    assert "It can be told apart from sft" in content["verdict"][1]
+    # A run that kept only totals still compares, without a test.
+    (runs[0] / "results/items/heldout.jsonl").unlink()
+    assert content_of(*runs)["primary"][0]["p"] is None
+    edit(runs[1], "run.json", heldout__after__kl_nats=9.0)
+    with pytest.raises(UserError, match=r"heldout.kl_nats is 9 in its result and .*train again"):
+        content_of(*runs)
+
+
+def test_other_held_out_prompts_are_refused(tmp_path, capsys):
+    runs = [write_run(tmp_path / m, m, evaluated=False, prompts=5) for m in ("sft", "ppo")]
+    path = runs[1] / "results/items/heldout.jsonl"
+    path.write_text(path.read_text().replace('"v3"', '"other"'))
+    assert "heldout.kl_nats: item v3" in refused(capsys, *runs)
+
+
+def test_what_only_some_have_is_compared_among_them(tmp_path):
+    runs = [write_run(tmp_path / m, m, evaluated=m != "spin") for m in ("sft", "ppo", "spin")]
+    content = content_of(*runs)
+    assert content["quality"] == "heldout.kl_nats"
+    assert set(content["measures"][KL]["values"]) == {"sft", "ppo"}
+    missing = content["missing"]
+    assert [entry["run"] for entry in missing] == [str(runs[2])]
+    parts = "benchmarks generative retention perplexity fidelity faithfulness speed"
+    assert missing[0]["command"] == (
+        f"python -m eval.run {runs[2]} --data data --limit 40 --option_shuffles 0 --verifier nli --tasks {parts}"
+    )
+
+
+def test_pairs_with_different_tokenizers_have_bits_per_byte(tmp_path):
+    runs = [write_run(tmp_path / m, m, evaluated=False) for m in ("sft", "ppo")]
+    for run in runs:
+        edit(run, "run.json", heldout__after__kl_nats=None, heldout__after__top1=None)
+    content = content_of(*runs)
+    assert content["quality"] == "heldout.bits_per_byte"
+    assert "heldout.kl_nats" not in content["measures"]
+    assert set(content["curves"]["sft"][0]) == {"seed", "steps", "ce_nats"}
+
+
+def test_a_single_run_has_nothing_to_be_compared_with(tmp_path):
+    content = content_of(write_run(tmp_path / "run"))
+    assert (content["primary"], content["differences"], content["ranking"]["pairs"]) == ([], {}, [])
+    assert "nothing to compare it with" in content["verdict"][0]
+
+
+# --- studies
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A finished study of two temperatures and two seeds."""
+    folder = tmp_path / "study"
+    entries = []
+    for temperature in (1.0, 4.0):
+        for seed in (1, 2):
+            name = f"logit_kd-kd_temperature_{temperature}-seed_{seed}"
+            write_run(
+                folder / name,
+                "logit_kd",
+                seed,
+                0.3 + temperature / 10,
+                kd_temperature=temperature,
+                kd=2 * temperature,
+            )
+            entries.append({"name": name, "state": "finished"})
+    record = {
+        "schema_version": 1,
+        "name": "temperature",
+        "description": "Softer or harder?",
+        "budget": {"kind": "optimizer_steps", "amount": 48, "max_steps": 48},
+        "grid": [[{"kd_temperature": 1.0}, {"kd_temperature": 4.0}], [{"seed": 1}, {"seed": 2}]],
+        "runs": entries,
+    }
+    write_json(folder / "study.json", record)
+    return folder, record
+
+
+def test_a_study_is_its_runs(study):
+    folder, _ = study
+    assert compare(folder) == 0
+    content = json.loads((folder / "comparison/comparison.json").read_text())
+    assert [c["seeds"] for c in content["configurations"]] == [[1, 2], [1, 2]]
+    assert content["studies"][0]["budget"]["amount"] == 48
+    # As the study names it, though `kd` moves with it and is shorter.
+    assert content["ablation"]["key"] == "kd_temperature"
+    assert (folder / "comparison/ablation_plot.png").is_file()
+    assert (
+        "Budget of every run: 48 optimizer steps."
+        in (folder / "comparison/comparison.md").read_text()
+    )
+    assert "Two seeds say little" in content["verdict"][-1]
+
+
+def test_a_study_with_a_failed_run(study, capsys):
+    folder, record = study
+    record["runs"][0] |= {"state": "failed", "problem": "exit status 1"}
+    write_json(folder / "study.json", record)
+    assert "exit status 1" in refused(capsys, folder)
+    content = content_of(folder, allow_partial=True)
+    assert [c["seeds"] for c in content["configurations"]] == [[2], [1, 2]]
+    assert "the configurations have different numbers of seeds" in content["notes"]
+    assert list(content["left_out"].values()) == ["exit status 1"]
+    assert "exit status 1" in document(content)
