@@ -1,6 +1,7 @@
 """FitNets: its projections, what is saved of them, and the pairs it refuses."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -168,9 +169,13 @@ def test_what_the_pair_does_not_have_is_refused(tmp_path, changes, message):
         check(setting)
 
 
-def test_what_the_pair_has_is_not_refused(tmp_path):
-    check(fitnets(tmp_path, use_projections=False, feature_tokens="all"))
-    check(fitnets(tmp_path, student=make_narrow(), use_projections=False, feature_loss="cka"))
+def test_what_the_pair_has_is_not_refused(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "medistill_trl"):
+        check(fitnets(tmp_path, use_projections=False, feature_tokens="all"))
+        check(fitnets(tmp_path, student=make_narrow(), use_projections=False, feature_loss="cka"))
+    said = [record.getMessage() for record in caplog.records if "hidden states" in record.msg]
+    assert len(said) == 2
+    assert all("layer 1 ← teacher layer 2, student layer 2 ← teacher layer 4" in s for s in said)
 
 
 def test_all_tokens_need_the_same_prompts(tmp_path):
