@@ -1,40 +1,29 @@
-"""The pair, the batch and the five variants of a training step that `kd_step` compares.
+"""The five variants of a training step that `kd_step` compares.
 
 Shapes: B batch, T time, N completion tokens of the batch, C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDTrainer
 
-from medistill_trl import model_source, models, recipe
-from medistill_trl.arguments import StudentArguments, TeacherArguments
+from benchmarks.step_pair import LOSS_ALONE, load_pair, no_rows, random_rows
 from medistill_trl.checkpoints import Totals
+from medistill_trl.layers import base_model
 from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.teacher import Sampling, Teacher
 
-EMBEDDED = ["recipes/logit_kd.yaml", "recipes/overlays/embedded.yaml"]
 ALPHA, TEMPERATURE = 0.5, 2.0
 
 
@@ -55,69 +44,11 @@ class Bench:
     @property
     def base(self) -> PreTrainedModel:
         """The student without its adapter's wrapper; the adapted layers stay."""
-        wrapped = hasattr(self.student, "get_base_model")
-        return self.student.get_base_model() if wrapped else self.student
+        return base_model(self.student)
 
     @property
     def num_items(self) -> torch.Tensor:
         return (self.batch["labels"] != IGNORED).sum()
-
-
-def embedded_pair(
-    lora: bool,
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Student, teacher and tokenizer as the recipe has them."""
-    values = recipe.load([*EMBEDDED, "--use_lora", str(lora).lower()]).values
-    student_args, teacher_args = (
-        kind(**{f.name: values[f.name] for f in fields(kind)})
-        for kind in (StudentArguments, TeacherArguments)
-    )
-    cpu = torch.device("cpu")
-    source = model_source.resolve(teacher_args.teacher_model)
-    tokenizer = models.load_tokenizer(source)
-    teacher = models.load_teacher(source, tokenizer, teacher_args, student_args, cpu)
-    source = model_source.resolve(
-        student_args.student_model, keep_layers=student_args.student_keep_layers
-    )
-    return models.load_student(source, tokenizer, student_args, cpu), teacher, tokenizer
-
-
-def tiny_pair(lora: bool) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Random models that take no time, to try the script itself."""
-    words = {f"w{n}": n for n in range(509)} | {"<pad>": 509, "<eos>": 510, "<unk>": 511}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    student, teacher = (
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), num_hidden_layers=layers, **sizes))
-        for layers in (1, 2)
-    )
-    if lora:
-        student = get_peft_model(student, LoraConfig("CAUSAL_LM", target_modules="all-linear"))
-    return student, teacher.requires_grad_(False).eval(), tokenizer
-
-
-def random_rows(vocab_size: int, batch: int, tokens: int) -> list[dict[str, list[int]]]:
-    """Encoded pairs of `tokens` random tokens each; the prompt is 40 to 60 % of a row.
-
-    No padding, which TRL's loss would pay for and ours would not.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(batch):
-        ids = torch.randint(vocab_size, (tokens,), generator=generator).tolist()
-        share = 0.4 + 0.2 * torch.rand((), generator=generator).item()
-        prompt = round(share * tokens)
-        labels = [IGNORED] * prompt + ids[prompt:]
-        row = {"input_ids": ids, "labels": labels}
-        row |= {f"teacher_{name}": value for name, value in row.items()}
-        rows.append(row | {"compared": [int(label != IGNORED) for label in labels]})
-    return rows
 
 
 def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Bench:
@@ -126,10 +57,7 @@ def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Benc
     Args:
         folder: Where the trainer may write; it does not.
     """
-    make_pair = tiny_pair if tiny else embedded_pair
-    student, teacher, tokenizer = make_pair(lora=mode == "lora")
-    # TRL's compute_loss would have them return the keys and values of every layer, unused.
-    student.config.use_cache = teacher.config.use_cache = False
+    student, teacher, tokenizer = load_pair(mode, tiny)
     rows = random_rows(len(tokenizer), batch, tokens)
     form = PromptFormat(tokenizer)
     trainer = LogitKDTrainer(
@@ -138,19 +66,16 @@ def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Benc
             output_dir=folder,
             alpha=ALPHA,
             kd_temperature=TEMPERATURE,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
+            **LOSS_ALONE,
         ),
-        train_dataset=Dataset.from_list([{"question": "", "example": None}]),
+        train_dataset=no_rows(),
         teacher=Teacher(teacher, tokenizer, form, "benchmark"),
         shared=len(tokenizer),
         form=form,
         sampling=Sampling(1),
         totals=Totals(),
     )
-    return Bench(student.train(), teacher, trainer.data_collator(rows), trainer)
+    return Bench(student, teacher, trainer.data_collator(rows), trainer)
 
 
 # --- the variants: each a forward and a backward

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.fidelity import (
 )
 from benchmarks.kd_variants import VARIANTS, floor, gkd, ours, plain, prepare, trunks
 from benchmarks.reproduction_table import BEGIN, END, QUANTITIES, insert, spread, table, verdict
+from benchmarks.training_step import checks, ratio_with_spread
 from medistill_trl import recipe
 from medistill_trl.errors import UserError
 from medistill_trl.models import set_generation
@@ -222,8 +224,8 @@ def test_the_benchmark_reports(monkeypatch, capsys, tmp_path):
     sizes = iter(range(1, 100))
     asked = []
 
-    def peak(*setting):  # a fresh process each would take a minute
-        asked.append(setting)
+    def peak(module, variant, given):  # a fresh process each would take a minute
+        asked.append((module, variant, given.mode, given.batch, given.tokens, given.tiny))
         return 10**6 * next(sizes)
 
     monkeypatch.setattr(kd_step, "peak", peak)
@@ -234,19 +236,20 @@ def test_the_benchmark_reports(monkeypatch, capsys, tmp_path):
     assert out.count("holds") + out.count("does not hold") == 6
     for name in VARIANTS:
         assert out.count(f"\n| {name} |") == 2
-    assert ("ours", "lora", 2, 32, True) in asked
+    assert ("benchmarks.kd_step", "ours", "lora", 2, 32, True) in asked
     assert "| LoRA r=16 | 64 |" in out
 
 
 def test_a_process_measures_its_own_peak(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert kd_step.own_peak("ours", "lora", 2, 16, True) > 10**8
+    given = Namespace(peak_of="ours", mode="lora", batch=2, tokens=16, tiny=True)
+    assert kd_step.own_peak(given) > 10**8
 
 
 def test_checks_say_what_does_not_hold():
     seconds = {"gkd": [10.0], "ours": [5.0], "floor": [4.0]}
-    text = kd_step.checks(seconds, {"gkd": 1000, "ours": 150})
+    text = checks(kd_step.ratios(seconds, {"gkd": 1000, "ours": 150}), kd_step.LIMITS)
     assert "step time ours/GKD 0.500, required ≤ 0.6: holds" in text
     assert "loss memory ours/GKD 0.150, required ≤ 0.15: holds" in text
     assert "step time ours/floor 1.250, required ≤ 1.15: does not hold" in text
-    assert kd_step.ratio_with_spread([2.0, 3.0, 4.0], [2.0, 2.0, 1.0]) == "1.50 (1.00–4.00)"
+    assert ratio_with_spread([2.0, 3.0, 4.0], [2.0, 2.0, 1.0]) == "1.50 (1.00–4.00)"
