@@ -38,8 +38,8 @@ from benchmarks.training_step import (
     step_times,
     table_beside_plain,
 )
-from medistill_trl.layers import base_model
-from medistill_trl.methods.attention import AttentionConfig, AttentionTrainer, pairs_of
+from medistill_trl.layers import base_model, pairs_of
+from medistill_trl.methods.attention import AttentionConfig, AttentionTrainer
 from medistill_trl.prompts import IGNORED
 
 ALPHA = 0.5

@@ -12,12 +12,13 @@ Shapes: B batch, T time, H hidden size, S student's and L teacher's number of la
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from medistill_trl.errors import UserError
 
@@ -25,6 +26,37 @@ STRATEGIES = ("uniform", "last", "skip")
 
 
 # --- which layer learns from which
+
+
+@dataclass
+class LayerArguments:
+    """The keys of the methods that compare layers."""
+
+    LIMITS = {"num_layer_pairs": {"min": 1}}  # see schema.py
+
+    layer_mapping: dict | str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform, last or skip, which choose num_layer_pairs pairs (see layers.py); or student layer: "
+            "teacher layer, such as {6: 12, 12: 24}. Layers count from 1."
+        },
+    )
+    num_layer_pairs: int = field(
+        default=2,
+        metadata={"help": "Pairs that a strategy chooses; an explicit mapping has its own."},
+    )
+
+
+def pairs_of(
+    args: LayerArguments, student: PretrainedConfig, teacher: PretrainedConfig
+) -> list[tuple[int, int]]:
+    """`layer_pairs` by the recipe's keys, for two models of these configs."""
+    return layer_pairs(
+        args.layer_mapping,
+        args.num_layer_pairs,
+        student.num_hidden_layers,
+        teacher.num_hidden_layers,
+    )
 
 
 def layer_pairs(

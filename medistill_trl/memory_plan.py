@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
-from medistill_trl.layers import layer_pairs
+from medistill_trl.layers import pairs_of
 from medistill_trl.losses.chunked import block_elements
 from medistill_trl.model_source import ModelSource
 from medistill_trl.setting import Arguments
@@ -77,8 +77,7 @@ def feature_memory(
     """Of `losses.features`: the teacher's forward pass, the mapped layers' states of every token, the
     projections with gradient and optimizer state, and the student's logits for a chunk of tokens."""
     args = arguments.training
-    layers = student.num_hidden_layers, teacher.num_hidden_layers
-    pairs = len(layer_pairs(args.layer_mapping, args.num_layer_pairs, *layers))
+    pairs = len(pairs_of(args, student, teacher))
     tokens = args.per_device_train_batch_size * longest(arguments)
     width = 4 * teacher.hidden_size + 2 * teacher.intermediate_size
     forward = tokens * width * DTYPE_BYTES[arguments.teacher.teacher_dtype]
@@ -115,8 +114,7 @@ def attention_memory(
     """Of `losses.attention`: the teacher's forward pass, what the mapped layers of both models attend with, and
     their scores for a chunk of positions; and the student's logits for a chunk of tokens."""
     args, length = arguments.training, longest(arguments)
-    layers = student.num_hidden_layers, teacher.num_hidden_layers
-    pairs = len(layer_pairs(args.layer_mapping, args.num_layer_pairs, *layers))
+    pairs = len(pairs_of(args, student, teacher))
     rows = args.per_device_train_batch_size
     width = 4 * teacher.hidden_size + 2 * teacher.intermediate_size
     forward = rows * length * width * DTYPE_BYTES[arguments.teacher.teacher_dtype]

@@ -9,7 +9,8 @@ from tiny_setting import make_form, make_setting
 from medistill_trl import methods
 from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
-from medistill_trl.methods.attention import check, pairs_of, relation_heads_of
+from medistill_trl.layers import pairs_of
+from medistill_trl.methods.attention import check, relation_heads_of
 
 
 def loaded(student, teacher, form=None):

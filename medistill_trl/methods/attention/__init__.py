@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
-from medistill_trl.layers import layer_pairs
+from medistill_trl.layers import LayerArguments, pairs_of
 from medistill_trl.losses.attention import most_relation_heads
 from medistill_trl.memory_plan import attention_memory
 from medistill_trl.methods import Method
@@ -27,12 +27,11 @@ from medistill_trl.setting import Arguments, Setting
 
 
 @dataclass
-class AttentionConfig(SFTConfig):
+class AttentionConfig(LayerArguments, SFTConfig):
     """`trl.SFTConfig` plus the attention loss."""
 
     LIMITS = {  # see schema.py
         "alpha": {"min": 0, "max": 1},
-        "num_layer_pairs": {"min": 1},
         "num_relation_heads": {"min": 1},
         "attention_chunk_size": {"min": 1},
         "loss_chunk_size": {"min": 1},
@@ -50,16 +49,6 @@ class AttentionConfig(SFTConfig):
             "relations MiniLMv2's Q-Q, K-K and V-V.",
             "choices": ["map_mse", "row_kl", "relations"],
         },
-    )
-    layer_mapping: str | dict = field(
-        default="uniform",
-        metadata={
-            "help": "uniform, last or skip, see layers.py; or student layer: teacher layer, such as "
-            "{6: 12, 12: 24}. Layers count from 1."
-        },
-    )
-    num_layer_pairs: int = field(
-        default=2, metadata={"help": "Layers a strategy maps; an explicit mapping has its own."}
     )
     match_all_heads: bool = field(
         default=True,
@@ -85,7 +74,8 @@ class AttentionConfig(SFTConfig):
     attention_reduction: str = field(
         default="mean",
         metadata={
-            "help": "Over rows: mean, or sum within a completion and mean over completions.",
+            "help": "Over the rows of the whole accumulation window: mean, or sum, the report's bare sum, which grows with "
+            "their number, so that alpha must be small.",
             "choices": ["mean", "sum"],
         },
     )
@@ -129,18 +119,6 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
     for role, config in (("student", student), ("teacher", teacher)):
         _check_window(role, config, args.max_length)
     _check_tokens(loaded)
-
-
-def pairs_of(
-    args: AttentionConfig, student: PretrainedConfig, teacher: PretrainedConfig
-) -> list[tuple[int, int]]:
-    """(student layer, teacher layer), from 1."""
-    return layer_pairs(
-        args.layer_mapping,
-        args.num_layer_pairs,
-        student.num_hidden_layers,
-        teacher.num_hidden_layers,
-    )
 
 
 def relation_heads_of(

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
-from medistill_trl.layers import layer_pairs
+from medistill_trl.layers import LayerArguments, pairs_of
 from medistill_trl.losses.features import FeatureLoss
 from medistill_trl.memory_plan import feature_memory
 from medistill_trl.methods import Method
@@ -30,12 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class FitNetsConfig(SFTConfig):
+class FitNetsConfig(LayerArguments, SFTConfig):
     """`trl.SFTConfig` plus the loss on hidden states and the projections."""
 
     LIMITS = {  # see schema.py
         "alpha": {"above": 0, "max": 1},
-        "num_layer_pairs": {"min": 1},
         "projection_lr": {"above": 0},
         "projection_init_prompts": {"min": 1},
         "num_completions": {"min": 1},
@@ -45,16 +44,6 @@ class FitNetsConfig(SFTConfig):
     alpha: float = field(
         default=0.5,
         metadata={"help": "Weight of the hidden states; 1 - alpha is the cross-entropy's."},
-    )
-    layer_mapping: dict | str = field(
-        default="uniform",
-        metadata={
-            "help": "Student layer: teacher layer, counted from 1, such as {6: 12, 12: 24}; or uniform, last or "
-            "skip, which choose num_layer_pairs pairs (see layers.py)."
-        },
-    )
-    num_layer_pairs: int = field(
-        default=2, metadata={"help": "Pairs of layers that uniform, last and skip choose."}
     )
     feature_loss: str = field(
         default="normalised_mse",
@@ -129,12 +118,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
     student, teacher = (
         source.config.get_text_config() for source in (loaded.student, loaded.teacher)
     )
-    pairs = layer_pairs(
-        args.layer_mapping,
-        args.num_layer_pairs,
-        student.num_hidden_layers,
-        teacher.num_hidden_layers,
-    )
+    pairs = pairs_of(args, student, teacher)
     if (
         not args.projects
         and args.feature_loss != "cka"
@@ -168,10 +152,7 @@ def _require_same_prompts(loaded: Loaded) -> None:
 def build(setting: Setting) -> FitNetsTrainer:
     """The trainer, with stored completions drawn if the recipe asks for them, and projections fitted."""
     args = setting.arguments.training
-    student, teacher = (
-        model.config.get_text_config().num_hidden_layers
-        for model in (setting.student, setting.teacher.model)
-    )
+    configs = [model.config.get_text_config() for model in (setting.student, setting.teacher.model)]
     writer = PairWriter.of(setting)
     trainer = FitNetsTrainer(
         model=setting.student,
@@ -179,7 +160,7 @@ def build(setting: Setting) -> FitNetsTrainer:
         train_dataset=Dataset.from_list(training_rows(setting, writer)),
         eval_dataset=Dataset.from_list(heldout_rows(setting, writer)),
         writer=writer,
-        pairs=layer_pairs(args.layer_mapping, args.num_layer_pairs, student, teacher),
+        pairs=pairs_of(args, *configs),
     )
     if args.projects:
         trainer.start_projections(_first_examples(setting, writer))
