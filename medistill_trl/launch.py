@@ -19,9 +19,8 @@ import yaml
 from medistill_trl.errors import UserError
 
 PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(
-    None, use_errno=True
-)  # loaded here: a child between fork and exec had better not
+# Loaded here: a child between fork and exec had better not.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def launcher() -> tuple[psutil.Process, list[str]] | None:

@@ -5,6 +5,11 @@
 over completion tokens t, with CE at temperature 1 and the divergence D between the two models'
 distributions at temperature T_t (Hinton et al. 2015, arXiv 1503.02531). `chunked` says how.
 
+Sums for the log: `tokens`, `ce`, `student_entropy` and, if α > 0, `teacher_entropy`, `kl` (forward, at temperature
+1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token); and if
+temperatures differ, `temperature` (sum), `temperature_min`, `temperature_max`, and for a rule with bounds
+`clipped_low`, `clipped_high` (counts of tokens at a bound).
+
 Shapes: B batch, T time, N completion tokens of the batch, C tokens of a chunk, H hidden size (each model
 has its own), V shared vocabulary.
 """
@@ -67,9 +72,9 @@ def distillation_loss(
         student_hidden_NH: States that predict the targets, from `completion_states`. N may be 0.
         targets_N: Token ids below `vocab_size`.
         student_head: Gets gradients where its tensors require them.
-        teacher_hidden_NH: The teacher's states for the same tokens; None (and not looked at) if α = 0.
-        teacher_head: Never gets gradients.
-        alpha: Weight of the divergence, 0 to 1; at 0 the teacher is not projected.
+        teacher_hidden_NH: The teacher's states for the same tokens; None, and not looked at, if α = 0.
+        teacher_head: Never gets gradients; like the states at α = 0.
+        alpha: Weight of the divergence, 0 to 1.
         temperature: Of the divergence: one for all; (N,), one per token; or a rule evaluated on each
             block's log-probabilities. The gradient takes it as a constant.
         divergence: From `divergences.by_name`.
@@ -78,14 +83,10 @@ def distillation_loss(
         vocab_size: Tokens the models share; both distributions are renormalised over them. None if both
             heads have the same rows.
         chunk_size: Tokens whose logits exist at a time.
-        metrics: Also return sums for the log.
+        metrics: Also return the sums over tokens that the module's docstring lists.
 
     Returns:
-        The loss, a scalar, and without gradient `tokens`; with `metrics`, sums over tokens: `ce`,
-        `student_entropy` and, if α > 0, `teacher_entropy`, `kl` (forward, at temperature 1),
-        `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token);
-        and if temperatures differ, `temperature` (sum), `temperature_min`, `temperature_max`, and
-        for a rule with bounds `clipped_low`, `clipped_high` (counts of tokens at a bound).
+        The loss, a scalar, and the sums, without gradient; `tokens` is always among them.
 
     Raises:
         ValueError: arguments out of range, or that do not fit each other.
@@ -94,17 +95,11 @@ def distillation_loss(
         raise ValueError(f"alpha {alpha} needs the teacher's hidden states and head")
     student = Side.of(student_hidden_NH, student_head, vocab_size)
     teacher = Side.of(teacher_hidden_NH, teacher_head, vocab_size) if alpha > 0 else None
-    objective = Objective(
-        alpha,
-        divergence,
-        _temperature_per_token(temperature, targets_N, student.dtype),
-        divergence_weights_N,
-        metrics,
-    )
+    temperatures = _temperature_per_token(temperature, targets_N, student.dtype)
+    objective = Objective(alpha, divergence, temperatures, divergence_weights_N, metrics)
     lengths = [len(student_hidden_NH), len(targets_N)]
-    _validate(
-        objective, lengths if teacher is None else [*lengths, len(teacher_hidden_NH)], chunk_size
-    )
+    lengths += [] if teacher is None else [len(teacher_hidden_NH)]
+    _validate(objective, lengths, chunk_size)
     loss, terms = token_sum(objective, student, targets_N, teacher, chunk_size)
     sums = _sums(terms, temperature) if metrics else {}
     sums["tokens"] = torch.tensor(float(len(targets_N)), device=loss.device)
