@@ -217,3 +217,32 @@ class RunArguments:
 
 SHARED = (RunArguments, StudentArguments, TeacherArguments, DataArguments)
 TRANSIENT = ("resume", "dry_run")  # how this launch behaves, not what the run is
+
+
+# --- shared by several methods, whose configs inherit them
+
+
+@dataclass
+class CompletionArguments:
+    """Of the methods that train on the teacher's completions as they are."""
+
+    LIMITS = {"num_completions": {"min": 1}}
+
+    num_completions: int = field(
+        default=1,
+        metadata={
+            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
+        },
+    )
+
+
+@dataclass
+class ChunkArguments:
+    """Of the methods whose loss goes through the output heads a chunk of tokens at a time."""
+
+    LIMITS = {"loss_chunk_size": {"min": 1}}
+
+    loss_chunk_size: int = field(
+        default=256,
+        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
+    )

@@ -6,6 +6,7 @@ Shapes: P prompt tokens, C completion tokens, V vocabulary.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +17,9 @@ from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.policy import token_log_probs
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.prompts import IGNORED, PromptFormat
+
+if TYPE_CHECKING:  # it takes seconds to import, and an evaluation has no trainer
+    from transformers import Trainer
 
 DRAWS_PER_STEP = 4096  # prompts of an accumulation window on one process, at most
 
@@ -181,6 +185,17 @@ def draw_seed(run_seed: int, step: int, process: int, num_processes: int) -> int
     offset = int.from_bytes(hashlib.sha256(str(run_seed).encode()).digest()[:4], "big")
     draws = (step * num_processes + process) * DRAWS_PER_STEP
     return (run_seed << 32) + (offset + draws) % 2**32
+
+
+def window_seed(trainer: "Trainer", step: int | None = None) -> int:
+    """`draw_seed` for a trainer's process.
+
+    Args:
+        step: By default that of the accumulation window at hand.
+    """
+    accelerator = trainer.accelerator
+    step = trainer.state.global_step if step is None else step
+    return draw_seed(trainer.args.seed, step, accelerator.process_index, accelerator.num_processes)
 
 
 @torch.no_grad()

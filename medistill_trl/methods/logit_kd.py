@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from medistill_trl.arguments import ChunkArguments, CompletionArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses import divergences
 from medistill_trl.losses.heads import OutputHead, states_before_head
@@ -40,12 +41,12 @@ from medistill_trl.teacher import (
     Teacher,
     complete,
     complete_in_parts,
-    draw_seed,
+    window_seed,
 )
 
 
 @dataclass
-class LogitKDConfig(GKDConfig):
+class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
     """`trl.experimental.gkd.GKDConfig` plus the loss. `beta` is the jsd's, `temperature` and
     `max_new_tokens` are of the student's own completions (`lmbda` > 0)."""
 
@@ -54,8 +55,6 @@ class LogitKDConfig(GKDConfig):
         "kd_temperature": {"above": 0},
         "skew": {"above": 0, "below": 1},
         "lmbda": {"min": 0, "max": 1},
-        "num_completions": {"min": 1},
-        "loss_chunk_size": {"min": 1},
     }
 
     alpha: float = field(
@@ -85,16 +84,6 @@ class LogitKDConfig(GKDConfig):
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of the student's own completions."}
-    )
-    num_completions: int = field(
-        default=1,
-        metadata={
-            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
-        },
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
     )
 
     def __post_init__(self):
@@ -171,12 +160,7 @@ class LogitKDTrainer(GKDTrainer):
 
     def _examples(self, rows: list[dict]) -> list[dict]:
         """Encoded pairs: as stored, or on what the teacher, or the student itself, writes now."""
-        seed = draw_seed(
-            self.args.seed,
-            self.state.global_step,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        seed = window_seed(self)
         draw = random.Random(seed)
         on_policy = [draw.random() < self.args.lmbda for _ in rows]
         examples = [row["example"] for row in rows]

@@ -10,7 +10,7 @@ Completions pass as text, so the two models may have different tokenizers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -18,6 +18,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from medistill_trl.arguments import CompletionArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.data import Prompt
 from medistill_trl.methods import Method
@@ -28,22 +29,13 @@ from medistill_trl.teacher import (
     Sampling,
     Teacher,
     complete_in_parts,
-    draw_seed,
+    window_seed,
 )
 
 
 @dataclass
-class SFTDistillConfig(SFTConfig):
+class SFTDistillConfig(CompletionArguments, SFTConfig):
     """`trl.SFTConfig` plus what distillation adds."""
-
-    LIMITS = {"num_completions": {"min": 1}}  # see schema.py
-
-    num_completions: int = field(
-        default=1,
-        metadata={
-            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
-        },
-    )
 
     def __post_init__(self):
         # Examples arrive tokenized, or as prompts that still await the teacher.
@@ -110,7 +102,7 @@ class SFTDistillTrainer(SFTTrainer):
             self.teacher.complete,
             [row["teacher_prompt"] for row in rows],
             self.sampling,
-            self._seed(),
+            window_seed(self),
             self.teacher_batch_size,
         )
         self.totals.generated_teacher += self.teacher.generated_tokens - before
@@ -119,15 +111,6 @@ class SFTDistillTrainer(SFTTrainer):
             for row, c in zip(rows, completions, strict=True)
         )
         return [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
-
-    def _seed(self) -> int:
-        accelerator = self.accelerator
-        return draw_seed(
-            self.args.seed,
-            self.state.global_step,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
 
 
 def build(setting: Setting) -> SFTDistillTrainer:

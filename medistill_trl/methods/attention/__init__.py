@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 from trl import SFTConfig
 
+from medistill_trl.arguments import ChunkArguments, CompletionArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
@@ -27,15 +28,13 @@ from medistill_trl.setting import Arguments, Setting
 
 
 @dataclass
-class AttentionConfig(LayerArguments, SFTConfig):
+class AttentionConfig(LayerArguments, CompletionArguments, ChunkArguments, SFTConfig):
     """`trl.SFTConfig` plus the attention loss."""
 
     LIMITS = {  # see schema.py
         "alpha": {"min": 0, "max": 1},
         "num_relation_heads": {"min": 1},
         "attention_chunk_size": {"min": 1},
-        "loss_chunk_size": {"min": 1},
-        "num_completions": {"min": 1},
     }
 
     alpha: float = field(
@@ -82,16 +81,6 @@ class AttentionConfig(LayerArguments, SFTConfig):
     attention_chunk_size: int = field(
         default=64,
         metadata={"help": "Positions whose rows exist at a time; fewer need less memory."},
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
-    )
-    num_completions: int = field(
-        default=1,
-        metadata={
-            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
-        },
     )
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ from medistill_trl.methods.attention.capture import captured_attention, check_at
 from medistill_trl.pair_writer import PairWriter
 from medistill_trl.pairs import PairCollator
 from medistill_trl.prompts import IGNORED
-from medistill_trl.teacher import draw_seed
+from medistill_trl.teacher import window_seed
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class AttentionTrainer(SFTTrainer):
         window's rows too. Dividing by them makes 1×8 and 8×1 the same step."""
         batches = list(islice(epoch_iterator, num_batches))
         rows = [row for batch in batches for row in batch]
-        examples = iter(self.writer.examples(rows, self._seed()))
+        examples = iter(self.writer.examples(rows, window_seed(self)))
         batches = [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
         num_items = self._get_num_items_in_batch(batches, device)
         if num_items is not None:
@@ -108,15 +108,6 @@ class AttentionTrainer(SFTTrainer):
             for batch in batches:
                 batch["num_rows"] = num_rows
         return batches, num_items
-
-    def _seed(self) -> int:
-        accelerator = self.accelerator
-        return draw_seed(
-            self.args.seed,
-            self.state.global_step,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
 
     # --- the loss --------------------------------------------------------------------------------
 

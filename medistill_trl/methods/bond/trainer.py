@@ -23,6 +23,7 @@ from medistill_trl.methods.bond.anchor import ADAPTER, Anchor, AnchorFollows
 from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
 from medistill_trl.rewards import Rewards
 from medistill_trl.rollouts import Sample, encode_sample
+from medistill_trl.teacher import window_seed
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class BondTrainer(OnPolicyTrainer):
         """Samples of the student and their weights, (B,)."""
         args = self.args
         start = monotonic()
-        samples = self._write(rows, self._seed(self.state.global_step))
+        samples = self._write(rows, window_seed(self))
         self._count_written(samples, monotonic() - start)
         _, rewards, log_ratios = self._score(samples, "train")
         scores_GN = self._by_prompt(self._comparable(samples, rewards))
@@ -114,7 +115,7 @@ class BondTrainer(OnPolicyTrainer):
 
     def _from_anchor(self, rows: list[dict]) -> tuple[list[Sample], torch.Tensor]:
         """Samples of the anchor, N a prompt, then fresh ones of the student, with the weights of both, (B + F,)."""
-        args, seed = self.args, self._seed(self.state.global_step)
+        args, seed = self.args, window_seed(self)
         mine = fresh_samples(self.accelerator.process_index, len(rows), args.num_samples)
         start = monotonic()
         with self.anchor.in_place():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import SFTConfig
 
+from medistill_trl.arguments import ChunkArguments, CompletionArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
@@ -30,15 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class FitNetsConfig(LayerArguments, SFTConfig):
+class FitNetsConfig(LayerArguments, CompletionArguments, ChunkArguments, SFTConfig):
     """`trl.SFTConfig` plus the loss on hidden states and the projections."""
 
     LIMITS = {  # see schema.py
         "alpha": {"above": 0, "max": 1},
         "projection_lr": {"above": 0},
         "projection_init_prompts": {"min": 1},
-        "num_completions": {"min": 1},
-        "loss_chunk_size": {"min": 1},
     }
 
     alpha: float = field(
@@ -88,16 +87,6 @@ class FitNetsConfig(LayerArguments, SFTConfig):
     projection_init_prompts: int = field(
         default=32,
         metadata={"help": "Training prompts whose completions the least squares takes."},
-    )
-    num_completions: int = field(
-        default=1,
-        metadata={
-            "help": "Sampled completions per prompt (stored only): each becomes a training example.",
-        },
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
     )
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ from medistill_trl.methods.fitnets.projections import (
 from medistill_trl.pair_writer import PairWriter
 from medistill_trl.pairs import PairCollator
 from medistill_trl.prompts import IGNORED
-from medistill_trl.teacher import draw_seed
+from medistill_trl.teacher import window_seed
 
 PROJECTIONS = "projections.safetensors"  # beside a checkpoint
 MODULE = "distillation_projections"  # their name in the student while it trains
@@ -75,15 +75,8 @@ class FitNetsTrainer(SFTTrainer):
         """The window's micro-batches, and its completion tokens over all processes: dividing by them
         makes 1×8 and 8×1 the same step. Each batch also says how many tokens' states are compared."""
         batches = list(islice(epoch_iterator, num_batches))
-        accelerator = self.accelerator
-        seed = draw_seed(
-            self.args.seed,
-            self.state.global_step,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
         rows = [row for batch in batches for row in batch]
-        examples = iter(self.writer.examples(rows, seed))
+        examples = iter(self.writer.examples(rows, window_seed(self)))
         batches = [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
         num_items = self._get_num_items_in_batch(batches, device)
         if num_items is not None:

@@ -18,6 +18,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from trl import GRPOConfig
 from trl.trainer.base_config import _BaseConfig
 
+from medistill_trl.arguments import ChunkArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import policy_memory
@@ -38,7 +39,7 @@ USED = {
 
 
 @dataclass
-class OnPolicyConfig(RewardArguments, GRPOConfig):
+class OnPolicyConfig(RewardArguments, ChunkArguments, GRPOConfig):
     """`trl.GRPOConfig` plus the reward and its credit. β is its `entropy_coef`, K its `num_generations`, ε
     its `epsilon`; keys of it that would change nothing here are refused."""
 
@@ -46,7 +47,6 @@ class OnPolicyConfig(RewardArguments, GRPOConfig):
     TRAINS_ON = "student"  # see schema.py
     LIMITS = {
         "gamma": {"min": 0, "max": 1},
-        "loss_chunk_size": {"min": 1},
         "num_generations": {"min": 2},
         "num_iterations": {"min": 1},
         "entropy_coef": {"min": 0},
@@ -97,10 +97,6 @@ class OnPolicyConfig(RewardArguments, GRPOConfig):
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Train without dropout, so that what is trained is what was sampled."},
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
     )
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ from medistill_trl.rollouts import (
     training_batch,
     write_samples,
 )
-from medistill_trl.teacher import Sampling, completion_log_probs, draw_seed
+from medistill_trl.teacher import Sampling, completion_log_probs, window_seed
 
 
 class OnPolicyTrainer(GRPOTrainer):
@@ -104,7 +104,7 @@ class OnPolicyTrainer(GRPOTrainer):
     def _roll_out(self, rows: list[dict]) -> list[dict[str, torch.Tensor]]:
         """Completions of all rows, scored and credited, in micro-batches."""
         start = monotonic()
-        samples = self._write(rows, self._seed(self.state.global_step))
+        samples = self._write(rows, window_seed(self))
         self._count_written(samples, monotonic() - start)
         examples, rewards, _ = self._score(samples, "train")
         credits_BT = self._advantages(rewards)
@@ -199,10 +199,6 @@ class OnPolicyTrainer(GRPOTrainer):
             return token_advantages(everywhere(rewards.rewards_BT), mask_BT, *credit)[here]
         return sequence_advantages(everywhere(rewards.scores_B), mask_BT, *credit)[here]
 
-    def _seed(self, step: int) -> int:
-        accelerator = self.accelerator
-        return draw_seed(self.args.seed, step, accelerator.process_index, accelerator.num_processes)
-
     # --- the loss --------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -240,7 +236,7 @@ class OnPolicyTrainer(GRPOTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss: that of a policy gradient says nothing."""
-        seed = self._seed(self.state.max_steps + 1 + self._evaluated)  # none of training
+        seed = window_seed(self, self.state.max_steps + 1 + self._evaluated)  # none of training
         self._evaluated += 1
         self._score(self._write(inputs, seed), "eval")
         return None, None, None

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from trl.experimental.ppo import PPOConfig
 from trl.trainer.base_config import _BaseConfig
 
+from medistill_trl.arguments import ChunkArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.memory_plan import GB, Part, policy_memory
@@ -44,7 +45,7 @@ INSTEAD = {
 
 
 @dataclass
-class PPODistillConfig(RewardArguments, PPOConfig):
+class PPODistillConfig(RewardArguments, ChunkArguments, PPOConfig):
     """`trl.experimental.ppo.PPOConfig` plus the reward, and the coefficients under the report's names; keys of it that
     would change nothing here are refused."""
 
@@ -61,7 +62,6 @@ class PPODistillConfig(RewardArguments, PPOConfig):
         "value_coef": {"min": 0},
         "value_learning_rate": {"above": 0},
         "max_completion_length": {"min": 1},
-        "loss_chunk_size": {"min": 1},
     }
 
     gamma: float = field(
@@ -122,10 +122,6 @@ class PPODistillConfig(RewardArguments, PPOConfig):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with a model."}
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
     )
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ from medistill_trl.methods.ppo.rollout import Sampled, Scored, micro_batch, orde
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward
 from medistill_trl.rollouts import PromptSampler, Sample, encode_sample, summary, write_samples
-from medistill_trl.teacher import Sampling, draw_seed
+from medistill_trl.teacher import Sampling, window_seed
 
 
 class PPODistillTrainer(PPOTrainer):
@@ -137,7 +137,7 @@ class PPODistillTrainer(PPOTrainer):
         if use == 0:
             self._rollout = self._roll_out(rows)
         epoch, number = divmod(use, args.num_mini_batches)
-        places = order(len(self._rollout), epoch, self._seed(step - use))
+        places = order(len(self._rollout), epoch, window_seed(self, step - use))
         size = args.per_device_train_batch_size
         starts = range(number * num_batches * size, (number + 1) * num_batches * size, size)
         batches = [
@@ -160,7 +160,7 @@ class PPODistillTrainer(PPOTrainer):
     def _roll_out(self, rows: list[dict]) -> list[Sampled]:
         """One completion of each row, with all that training will ask of it."""
         start = monotonic()
-        samples = self._write(rows, self._seed(self.state.global_step))
+        samples = self._write(rows, window_seed(self))
         seconds = monotonic() - start
         written = sum(len(sample.token_ids) for sample in samples)
         self.totals.generated_student += written
@@ -247,10 +247,6 @@ class PPODistillTrainer(PPOTrainer):
         """A vector added up over processes, to the same bits on each."""
         return self.accelerator.gather(sums.to(self.args.device)[None]).sum(0)
 
-    def _seed(self, step: int) -> int:
-        accelerator = self.accelerator
-        return draw_seed(self.args.seed, step, accelerator.process_index, accelerator.num_processes)
-
     # --- the loss --------------------------------------------------------------------------------
 
     def _states(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,7 +301,7 @@ class PPODistillTrainer(PPOTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss: that of a policy gradient says nothing."""
-        seed = self._seed(self.state.max_steps + 1 + self._evaluated)  # none of training
+        seed = window_seed(self, self.state.max_steps + 1 + self._evaluated)  # none of training
         self._evaluated += 1
         self._score(self._write(inputs, seed), "eval")
         return None, None, None
