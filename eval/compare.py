@@ -15,6 +15,7 @@ from eval.comparison import tables
 from eval.comparison.result import build
 from eval.comparison.runs import STUDY, find
 from eval.report import write_report
+from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.run_directory import RunDirectory
@@ -23,18 +24,13 @@ RESULT, PAGE = "comparison.json", "comparison.md"
 DEFAULT_OUT = Path("outputs/comparison")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; python -m eval.compare --help lists the options")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command.
 
     Raises:
         UserError: what is wrong with it.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m eval.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

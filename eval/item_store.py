@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from medistill_trl.errors import RunFailed, UserError
+from medistill_trl.locks import try_lock
 from medistill_trl.model_source import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -171,15 +172,7 @@ def _turn(path: Path) -> Iterator[None]:
             "written"
         ) from error
     with lock:
-        if not _try_lock(lock):
+        if not try_lock(lock):
             logger.warning("waiting for another evaluation that is filling %s", path)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _try_lock(lock: IO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -25,6 +25,7 @@ from eval import data_files
 from eval.options import ModelOptions, Options, add_flags, from_flags
 from eval.report import write_report
 from medistill_trl import console
+from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.run_directory import RunDirectory
@@ -61,18 +62,13 @@ class Request:
     options: Options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; python -m eval.run --help lists the options")
-
-
 def parse(arguments: list[str]) -> Request:
     """Read and check the command, and import the parts it asks for.
 
     Raises:
         UserError: what is wrong with it.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,7 +7,6 @@ making is drawn again.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,13 +15,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from medistill_trl.errors import UserError
+from medistill_trl.locks import try_lock
 from medistill_trl.teacher import Completion, Sampling, Teacher
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class CompletionStore:
         that none of them waits past the process group's timeout."""
         with self.path.with_name(self.path.name + ".lock").open("w") as lock:
             waited = 0
-            while not broadcast_object_list([state.is_main_process and _try_lock(lock)])[0]:
+            while not broadcast_object_list([state.is_main_process and try_lock(lock)])[0]:
                 if waited == 0:
                     logger.warning("waiting for another run that is filling %s", self.path)
                 waited += 1
@@ -202,14 +201,6 @@ def _batches(requests: list[Request], size: int) -> list[list[Request]]:
         else:
             batches.append([request])
     return batches
-
-
-def _try_lock(lock: IO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _request(teacher: Teacher, prompt: str, sampling: Sampling, index: int) -> Request:

@@ -1,8 +1,18 @@
 """What reaches the terminal: our messages, progress, and nothing a user cannot act on."""
 
+import argparse
 import logging
 import os
 import warnings
+
+from medistill_trl.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Refuses a command as the other commands do, by a `UserError`; its `prog` is what a user types."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; {self.prog} --help lists the options")
 
 
 def set_up(main_process: bool) -> None:

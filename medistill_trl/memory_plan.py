@@ -65,10 +65,7 @@ def distillation_memory(
         Part(f"teacher forward, {tokens} tokens", forward / GB, "train"),
         Part(logits, 4 * (2 * chunk + BLOCK_BUFFERS * block) / GB, "train"),
     ]
-    if not arguments.student.use_lora:  # summed in float32 over the chunks
-        size = 4 * student.vocab_size * student.hidden_size
-        parts.append(Part("gradient of the output head", size / GB, "train"))
-    return parts
+    return parts + _head_gradient(arguments, student)
 
 
 def feature_memory(
@@ -102,10 +99,15 @@ def _chunked_cross_entropy(arguments: Arguments, student: PretrainedConfig) -> l
     block = min(chunk, block_elements("cpu" if args.use_cpu else "cuda"))
     logits = f"loss, {args.loss_chunk_size} × {student.vocab_size} logits"
     parts = [Part(logits, 4 * (chunk + BLOCK_BUFFERS * block) / GB, "train")]
-    if not arguments.student.use_lora:  # summed in float32 over the chunks
-        size = 4 * student.vocab_size * student.hidden_size
-        parts.append(Part("gradient of the output head", size / GB, "train"))
-    return parts
+    return parts + _head_gradient(arguments, student)
+
+
+def _head_gradient(arguments: Arguments, student: PretrainedConfig) -> list[Part]:
+    """Summed in float32 over the chunks, where the head trains."""
+    if arguments.student.use_lora:
+        return []
+    size = 4 * student.vocab_size * student.hidden_size
+    return [Part("gradient of the output head", size / GB, "train")]
 
 
 def attention_memory(

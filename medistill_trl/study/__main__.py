@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.study import definition, grid, plan, progress, tables
 from medistill_trl.study.commands import as_typed, commands, compare_command, executable
@@ -21,13 +22,8 @@ from medistill_trl.study.execution import Executor, make_slots, only_study
 from medistill_trl.study.record import StudyRecord
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; python -m medistill_trl.study --help lists the options")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m medistill_trl.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,6 +1,5 @@
 """Starts the runs of a study, side by side if asked, and sees each of them end."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -11,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import yaml
 from tqdm import tqdm
 
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.launch import die_with_parent
+from medistill_trl.locks import try_lock
 from medistill_trl.study import progress
 from medistill_trl.study.commands import as_typed, commands, executable
 from medistill_trl.study.definition import Study
@@ -143,15 +142,9 @@ def only_study(out: Path) -> Iterator[None]:
     """Keep a second study out of a folder for as long as this one works in it."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        _lock(lock, out)
+        if not try_lock(lock):
+            raise UserError(f"{out}: a study is at work here; wait for it, or give --out")
         yield
-
-
-def _lock(lock: IO, out: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: a study is at work here; wait for it, or give --out") from None
 
 
 class Executor:
