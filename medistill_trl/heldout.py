@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
@@ -220,10 +220,16 @@ class HeldoutCheck:
 
 
 class HeldoutCallback(TrainerCallback):
-    """Runs the check at every evaluation and adds it to the training log."""
+    """Runs the check at every evaluation and adds it to the training log, for the terminal and trackers too.
 
-    def __init__(self, check: HeldoutCheck):
+    Args:
+        check: Of the run's pair.
+        trainer: Whose other callbacks show the log. Its own `log` would add what it is collecting of training.
+    """
+
+    def __init__(self, check: HeldoutCheck, trainer: Trainer):
         self.check = check
+        self.trainer = trainer
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         measured = self.check.measure(model)
@@ -233,3 +239,5 @@ class HeldoutCallback(TrainerCallback):
             if measured[name] is not None
         }
         state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+        shown = {f"eval_{name}": value for name, value in entry.items()}
+        self.trainer.callback_handler.on_log(args, state, control, shown)

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
-from medistill_trl import console, launch, methods
+from medistill_trl import console, launch, methods, trackers
 from medistill_trl.arguments import SHARED
 from medistill_trl.budget import BudgetCallback
 from medistill_trl.checkpoints import (
@@ -64,6 +64,8 @@ def run(recipe: Recipe) -> RunDirectory | None:
     inputs = identity(arguments, loaded)
     if arguments.run.resume:
         directory.check_same_inputs(inputs)
+    training = arguments.training
+    trackers.start(training.report_to, training.project, directory.path, state.is_main_process)
     setting = load_models(arguments, loaded)
     state.wait_for_everyone()  # nobody starts the folder while another still checks it
     if state.is_main_process:
@@ -105,7 +107,13 @@ def build_arguments(
     only if `use_cpu` says so.
     """
     parser = TrlParser((*SHARED, method.config))
-    values = {**recipe.values, **FORCED, "output_dir": str(directory.checkpoints)}
+    values = {
+        "project": trackers.PROJECT,
+        **recipe.values,
+        **FORCED,
+        "run_name": directory.path.name,  # of all methods side by side, in a tracker
+        "output_dir": str(directory.checkpoints),
+    }
     if use_cpu or not torch.accelerator.is_available():
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
     try:
@@ -132,7 +140,7 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     resume_in_same_dtypes(trainer)
     trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(CheckpointCallback(setting.totals))
-    trainer.add_callback(HeldoutCallback(setting.heldout))
+    trainer.add_callback(HeldoutCallback(setting.heldout, trainer))
     trainer.add_callback(BudgetCallback(setting.arguments.run, setting.totals))
     return trainer
 

@@ -3,9 +3,10 @@
 Plain data and functions without torch, so that a wrong recipe is refused before anything loads.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator
+
+from medistill_trl import trackers
 
 # Limits of keys inherited from Transformers and TRL, which declare none themselves.
 INHERITED_LIMITS: dict[str, dict[str, float]] = {
@@ -149,10 +150,8 @@ def _run_conflicts(values: dict) -> Iterator[tuple[str, str]]:
         )
     if re.search(r"[/\\]|^\.\.?$", str(values.get("run_name") or "")):
         yield "run_name", "is the last part of a folder's name; use output_dir for a path"
-    trackers = values.get("report_to") or []
-    for tracker in [trackers] if isinstance(trackers, str) else trackers:
-        if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
-            yield "report_to", f"{tracker} is not installed: `pip install {tracker}`, or use none"
+    for problem in trackers.problems(values.get("report_to", "none")):
+        yield "report_to", problem
 
 
 def cautions(values: dict) -> Iterator[tuple[str, str]]:

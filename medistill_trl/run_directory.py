@@ -5,6 +5,7 @@ inputs.json               what else the numbers depend on: exact models and data
 checkpoints/checkpoint-N/
 final_model/              adapter or full weights, tokenizer, model card
 results/                  run.json, held-out measurements, pictures, report
+tensorboard/, wandb/      only of a tracker that `report_to` names
 COMPLETE                  written last; without it the run does not count as finished
 """
 
