@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from medistill_trl.overlap import Overlap
 from medistill_trl.token_bytes import TokenBytes
-from medistill_trl.vocabulary import Overlap
 
 
 class Span(NamedTuple):
@@ -133,8 +133,7 @@ class TokenizerPair:
         Raises:
             UserError: the bytes of a tokenizer's tokens are not known.
         """
-        sides = TokenBytes.of(student), TokenBytes.of(teacher)
-        return cls(*sides, Overlap.of(*sides, (student.eos_token_id, teacher.eos_token_id)))
+        return cls(TokenBytes.of(student), TokenBytes.of(teacher), Overlap.of(student, teacher))
 
     def spans(
         self, student_ids: Sequence[int], teacher_ids: Sequence[int], text: str, ended: bool

@@ -2,16 +2,12 @@
 
 Meditron's vocabulary is TinyLlama's with a few rows added, so the pair can be compared token by token
 on the shared rows. This is proved, not assumed. Llama-2's and Qwen2's ids have nothing in common, but
-many of their tokens stand for the same bytes: their `Overlap`.
+many of their tokens stand for the same bytes, see `overlap`.
 """
-
-from dataclasses import dataclass
-from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from medistill_trl.errors import UserError
-from medistill_trl.token_bytes import TokenBytes
 
 # Where tokenizers of one family have been seen to differ: Greek, units, digits, newlines, case, emoji.
 PROBES = (
@@ -58,52 +54,6 @@ def shared_vocabulary(
     """
     size = min(len(student), len(teacher))
     return None if _difference(student, teacher, size) else size
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """The tokens of two vocabularies that say the same.
-
-    Text tokens are the same if their bytes are; if several of one side have the same bytes (SentencePiece
-    has `A` and `<0x41>`), the plain one counts. Special tokens are the same if they have the same name, and
-    the two end tokens always are. A rest holds the text tokens whose bytes the other side lacks; special
-    tokens and doublets without a partner are in neither.
-
-    Args:
-        student_ids, teacher_ids: Partners, in the same order.
-        student_rest, teacher_rest: Ids of each side.
-    """
-
-    student_ids: list[int]
-    teacher_ids: list[int]
-    student_rest: list[int]
-    teacher_rest: list[int]
-
-    @classmethod
-    def of(cls, student: TokenBytes, teacher: TokenBytes, ends: tuple[int, int]) -> "Overlap":
-        """
-        Args:
-            ends: Each side's end token.
-        """
-        named = [
-            {name: id for id, name in side.special.items() if id != end}
-            for side, end in zip((student, teacher), ends, strict=True)
-        ]
-        texts = [student.by_bytes(), teacher.by_bytes()]
-        pairs = [ends]
-        for of_student, of_teacher in (named, texts):
-            pairs += [(id, of_teacher[key]) for key, id in of_student.items() if key in of_teacher]
-        pairs.sort()
-        rests = [
-            sorted(id for key, id in mine.items() if key not in theirs)
-            for mine, theirs in (texts, texts[::-1])
-        ]
-        return cls([one for one, _ in pairs], [other for _, other in pairs], *rests)
-
-    @cached_property
-    def partners(self) -> dict[int, int]:
-        """The student's id → the teacher's."""
-        return dict(zip(self.student_ids, self.teacher_ids, strict=True))
 
 
 def _difference(

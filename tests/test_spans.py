@@ -1,6 +1,5 @@
 """Two tokenizations of one text, cut where both end at the same byte."""
 
-import random
 from functools import cache
 
 import pytest
@@ -8,7 +7,7 @@ from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
-from two_tokenizers import composing, llama_like, permuted, unigram, without_merges
+from two_tokenizers import composing, llama_like, unigram
 
 from medistill_trl.errors import UserError
 from medistill_trl.model_source import resolve
@@ -197,18 +196,6 @@ def test_one_to_one_is_the_same_token():
     first = encode("llama", "the"), encode("byte level", "the")
     spans = both.spans(*first, "the", ended=False)
     assert not any(both.one_to_one(span, *first) for span in spans)  # ▁the against the
-
-
-def test_overlap_is_everything_for_a_permutation_and_the_rest_of_missing_merges():
-    whole = make_tokenizer()
-    order = list(range(len(whole)))
-    random.Random(0).shuffle(order)
-    overlap = TokenizerPair.of(whole, permuted(whole, order)).overlap
-    assert overlap.partners == dict(enumerate(order))
-    assert overlap.student_rest == overlap.teacher_rest == []
-    fewer = TokenizerPair.of(without_merges(whole, 50), whole).overlap
-    assert len(fewer.partners) == len(whole) - 50
-    assert (fewer.student_rest, len(fewer.teacher_rest)) == ([], 50)
 
 
 @pytest.mark.slow  # converts the embedded model where no other test has

@@ -155,10 +155,7 @@ def _chunk(
     track = any(gradient is not None for gradient in gradients)
     projection = student.project(chunk, track)
     student_CV = projection.logits_CV
-    teacher_CV = None
-    if teacher is not None:
-        teacher_CV = teacher.project(chunk).logits_CV
-        require_same_vocabulary(student_CV, teacher_CV)
+    teacher_CV = None if teacher is None else teacher.project(chunk).logits_CV
     # Autocast is for the products; it would turn dot products of float32 probabilities into bfloat16.
     with torch.autocast(student_CV.device.type, enabled=False):
         for rows in blocks(student_CV):

@@ -6,15 +6,16 @@ over completion tokens t, with CE at temperature 1 and the divergence D between 
 distributions at temperature T_t (Hinton et al. 2015, arXiv 1503.02531). `chunked` says how.
 
 Sums for the log: `tokens`, `ce`, `student_entropy` and, if α > 0, `teacher_entropy`, `kl` (forward, at temperature
-1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token); and if
-temperatures differ, `temperature` (sum), `temperature_min`, `temperature_max`, and for a rule with bounds
-`clipped_low`, `clipped_high` (counts of tokens at a bound).
+1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token), with a fold
+`teacher_shared_mass` (the teacher's probability of tokens that both have); and if temperatures differ,
+`temperature` (sum), `temperature_min`, `temperature_max`, and for a rule with bounds `clipped_low`,
+`clipped_high` (counts of tokens at a bound).
 
 Shapes: B batch, T time, N completion tokens of the batch, C tokens of a chunk, H hidden size (each model
 has its own), V shared vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,6 +28,7 @@ from medistill_trl.losses.chunked import (
 )
 from medistill_trl.losses.divergences import Distribution, Divergence, forward_kl, hellinger, kl
 from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.overlap import Fold
 from medistill_trl.losses.token_terms import InverseConfidence, Objective, TemperatureRule
 
 IGNORE_INDEX = -100  # label of a token that is not trained on, as in Transformers
@@ -63,6 +65,7 @@ def distillation_loss(
     divergence: Divergence = forward_kl,
     divergence_weights_N: torch.Tensor | None = None,
     vocab_size: int | None = None,
+    fold: Fold | None = None,
     chunk_size: int = CHUNK_SIZE,
     metrics: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,6 +85,8 @@ def distillation_loss(
             a token altogether, give it no target. None for 1.
         vocab_size: Tokens the models share; both distributions are renormalised over them. None if both
             heads have the same rows.
+        fold: For models of different vocabularies, instead of `vocab_size`: the divergence is over the
+            outcomes they share, CE over the student's own vocabulary.
         chunk_size: Tokens whose logits exist at a time.
         metrics: Also return the sums over tokens that the module's docstring lists.
 
@@ -96,12 +101,12 @@ def distillation_loss(
     student = Side.of(student_hidden_NH, student_head, vocab_size)
     teacher = Side.of(teacher_hidden_NH, teacher_head, vocab_size) if alpha > 0 else None
     temperatures = _temperature_per_token(temperature, targets_N, student.dtype)
-    objective = Objective(alpha, divergence, temperatures, divergence_weights_N, metrics)
+    objective = Objective(alpha, divergence, temperatures, divergence_weights_N, fold, metrics)
     lengths = [len(student_hidden_NH), len(targets_N)]
     lengths += [] if teacher is None else [len(teacher_hidden_NH)]
     _validate(objective, lengths, chunk_size)
     loss, terms = token_sum(objective, student, targets_N, teacher, chunk_size)
-    sums = _sums(terms, temperature) if metrics else {}
+    sums = sums_for_log(terms, temperature) if metrics else {}
     sums["tokens"] = torch.tensor(float(len(targets_N)), device=loss.device)
     return loss, sums
 
@@ -115,6 +120,7 @@ def token_scores(
     *,
     score: str = "forward_kl",
     vocab_size: int | None = None,
+    fold: Fold | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> torch.Tensor:
     """How far student and teacher are apart on each token at temperature 1, without gradient.
@@ -124,25 +130,33 @@ def token_scores(
 
     Args:
         score: `forward_kl` (nats) or `hellinger` (0 to 1).
+        vocab_size, fold: As in `distillation_loss`.
 
     Returns:
         (N,), float32.
     """
-    scores = {"forward_kl": lambda student, teacher: kl(teacher, student), "hellinger": hellinger}
-    if score not in scores:
-        raise ValueError(f"score {score!r} does not exist; one of {', '.join(scores)}")
+    distance = score_by_name(score)
     student = Side.of(student_hidden_NH, student_head, vocab_size)
     teacher = Side.of(teacher_hidden_NH, teacher_head, vocab_size)
     result_N = student_hidden_NH.new_empty(len(student_hidden_NH), dtype=student.dtype)
     for start in range(0, len(result_N), chunk_size):
         chunk = slice(start, start + chunk_size)
         student_CV, teacher_CV = student.project(chunk).logits_CV, teacher.project(chunk).logits_CV
-        require_same_vocabulary(student_CV, teacher_CV)
+        if fold is None:
+            require_same_vocabulary(student_CV, teacher_CV)
         with torch.autocast(student_CV.device.type, enabled=False):
             for rows in blocks(student_CV):
                 pair = Distribution.of(student_CV[rows]), Distribution.of(teacher_CV[rows])
-                result_N[chunk][rows] = scores[score](*pair)
+                result_N[chunk][rows] = distance(*(pair if fold is None else fold.fold(*pair)))
     return result_N
+
+
+def score_by_name(name: str) -> Callable[[Distribution, Distribution], torch.Tensor]:
+    """(student, teacher) → distance (R,), see `token_scores`."""
+    scores = {"forward_kl": lambda student, teacher: kl(teacher, student), "hellinger": hellinger}
+    if name not in scores:
+        raise ValueError(f"score {name!r} does not exist; one of {', '.join(scores)}")
+    return scores[name]
 
 
 def _temperature_per_token(
@@ -158,7 +172,7 @@ def _temperature_per_token(
     return targets_N.new_full(targets_N.shape, temperature, dtype=dtype)
 
 
-def _sums(
+def sums_for_log(
     terms: dict[str, torch.Tensor], temperature: float | torch.Tensor | TemperatureRule
 ) -> dict[str, torch.Tensor]:
     """What the log gets, float32."""

@@ -19,6 +19,18 @@ NAMES = {
     "approx_kl": "approx_kl_nats",
     "value_error": "value_loss",
     "value_clipped": "value_clip_fraction",
+    "one_to_one": "one_to_one_share",
+    "merged": "merged_share",
+}
+COUNTS = ("tokens", "spans")  # divided by, not logged
+# What is not a mean per token where the models compare spans, and the count it is a mean over.
+PER = {
+    "agreed": "one_to_one",
+    "teacher_entropy": "one_to_one",
+    "teacher_shared_mass": "one_to_one",
+    "temperature": "spans",
+    "clipped_low": "spans",
+    "clipped_high": "spans",
 }
 
 
@@ -29,15 +41,7 @@ class TokenMeans:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, sums: dict[str, torch.Tensor]) -> None:
-        for name, value in sums.items():
-            if name not in self._sums:
-                self._sums[name] = value
-            elif name.endswith("_min"):
-                self._sums[name] = torch.minimum(self._sums[name], value)
-            elif name.endswith("_max"):
-                self._sums[name] = torch.maximum(self._sums[name], value)
-            else:
-                self._sums[name] = self._sums[name] + value
+        self._sums = add_sums(self._sums, sums)
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Means per completion token over all processes, which all must ask; starts anew."""
@@ -48,13 +52,25 @@ class TokenMeans:
         self._sums = {}
         if not gathered:
             return {}
-        tokens = gathered.pop("tokens").sum().clamp_min(1)
+        totals = {name: values.sum().clamp_min(1) for name, values in gathered.items()}
         means = {}
         for name, values in gathered.items():
             if name.endswith("_min"):
                 means[name] = values.min().item()
             elif name.endswith("_max"):
                 means[name] = values.max().item()
-            else:
-                means[NAMES.get(name, name)] = (values.sum() / tokens).item()
+            elif name not in COUNTS:
+                count = totals.get(PER.get(name, "tokens"), totals["tokens"])
+                means[NAMES.get(name, name)] = (values.sum() / count).item()
         return means
+
+
+def add_sums(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Sums of both, by name; a minimum or maximum is that of both."""
+    merge = {"_min": torch.minimum, "_max": torch.maximum}
+    both = one | other
+    for name in one.keys() & other.keys():
+        both[name] = merge.get(name[-4:], torch.add)(one[name], other[name])
+    return both

@@ -1,6 +1,7 @@
 """What the loss is made of, token by token: values and the gradient in the student's logits.
 
-Shapes: N completion tokens of the batch, R tokens of a block, V shared vocabulary.
+Shapes: N completion tokens of the batch, R tokens of a block, V vocabulary: the shared one, or with a
+`Fold` each side's own.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from medistill_trl.losses.chunked import require_same_vocabulary
 from medistill_trl.losses.divergences import Distribution, Divergence
+from medistill_trl.losses.overlap import Fold
 
 # (student, teacher at temperature 1) → temperatures (R,)
 TemperatureRule = Callable[[Distribution, Distribution], torch.Tensor]
@@ -49,6 +52,7 @@ class Objective:
         divergence: D.
         temperature: T, (N,), or a rule that gives it per block; None for 1, which saves two softmaxes.
         weights_N: w; None for 1.
+        fold: Takes D over the outcomes two vocabularies share; None for one vocabulary.
         metrics: Also compute what is only logged.
     """
 
@@ -56,6 +60,7 @@ class Objective:
     divergence: Divergence
     temperature: torch.Tensor | TemperatureRule | None = None
     weights_N: torch.Tensor | None = None
+    fold: Fold | None = None
     metrics: bool = True
 
     def __post_init__(self):
@@ -69,6 +74,7 @@ class Objective:
         names += ["student_entropy"] if self.metrics else []
         names += ["divergence", "temperature"] if self.alpha > 0 else []
         names += ["kl", "teacher_entropy", "agreed"] if self.alpha > 0 and self.metrics else []
+        names += ["teacher_shared_mass"] if "kl" in names and self.fold is not None else []
         return names
 
     def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -109,24 +115,43 @@ class Objective:
             terms["ce"][tokens] = -log_target_R1[:, 0]
         if "student_entropy" in terms:
             terms["student_entropy"][tokens] = student.entropy()
-        if "kl" in terms:
-            entropy_R = teacher.entropy()
-            terms["teacher_entropy"][tokens] = entropy_R
-            terms["kl"][tokens] = student.cross_entropy(teacher) - entropy_R
-            terms["agreed"][tokens] = _same_top(student, teacher).to(student_RV.dtype)
-        if self.alpha == 0:
+        if teacher is None:
             return _minus_one_hot_(student.probs, targets_R, 1.0)
-        temperature_R1 = self._temperature(tokens, student, teacher)
+        if self.fold is None:
+            require_same_vocabulary(student_RV, teacher_RV)
+            compared = student, teacher
+        else:
+            compared = self.fold.fold(student, teacher)
+        if "kl" in terms:
+            self._record(compared, teacher, tokens, terms)
+        temperature_R1 = self._temperature(tokens, *compared)
         terms["temperature"][tokens] = 1 if temperature_R1 is None else temperature_R1[:, 0]
-        pair = (student, teacher)
+        softened = compared
         if temperature_R1 is not None:
-            pair = [side.softened(temperature_R1) for side in pair]
-        terms["divergence"][tokens], gradient_RV = self.divergence(*pair)
+            softened = [side.softened(temperature_R1) for side in compared]
+        terms["divergence"][tokens], gradient_RV = self.divergence(*softened)
+        if self.fold is not None:
+            gradient_RV = self.fold.unfold(gradient_RV, compared[0], student)
         gradient_RV.mul_(self._divergence_factor(tokens, temperature_R1))
         if self.alpha == 1:
             return gradient_RV
         gradient_RV.add_(student.probs, alpha=1 - self.alpha)
         return _minus_one_hot_(gradient_RV, targets_R, 1 - self.alpha)
+
+    def _record(
+        self,
+        compared: tuple[Distribution, Distribution],
+        teacher: Distribution,
+        tokens: slice,
+        terms: dict[str, torch.Tensor],
+    ) -> None:
+        """What the log gets of the two at temperature 1."""
+        terms["teacher_entropy"][tokens] = entropy_R = teacher.entropy()
+        if self.fold is not None:
+            terms["teacher_shared_mass"][tokens] = self.fold.teacher_mass(teacher)
+            entropy_R = compared[1].entropy()
+        terms["kl"][tokens] = compared[0].cross_entropy(compared[1]) - entropy_R
+        terms["agreed"][tokens] = _same_top(*compared).to(entropy_R.dtype)
 
     def _temperature(
         self, tokens: slice, student: Distribution, teacher: Distribution
