@@ -21,6 +21,7 @@ from medistill_trl.layers import base_model
 from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer
+from medistill_trl.pair_writer import PairWriter
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.teacher import Sampling, Teacher
 
@@ -60,6 +61,7 @@ def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Benc
     student, teacher, tokenizer = load_pair(mode, tiny)
     rows = random_rows(len(tokenizer), batch, tokens)
     form = PromptFormat(tokenizer)
+    judge = Teacher(teacher, tokenizer, form, "benchmark")
     trainer = LogitKDTrainer(
         model=student,
         args=LogitKDConfig(
@@ -69,11 +71,7 @@ def prepare(mode: str, batch: int, tokens: int, tiny: bool, folder: str) -> Benc
             **LOSS_ALONE,
         ),
         train_dataset=no_rows(),
-        teacher=Teacher(teacher, tokenizer, form, "benchmark"),
-        shared=len(tokenizer),
-        form=form,
-        sampling=Sampling(1),
-        totals=Totals(),
+        writer=PairWriter(form, judge, len(tokenizer), Sampling(1), Totals(), None),
     )
     return Bench(student, teacher, trainer.data_collator(rows), trainer)
 

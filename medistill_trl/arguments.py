@@ -138,6 +138,14 @@ class TeacherArguments:
             "stored and held-out 16.",
         },
     )
+    cross_tokenizer: str = field(
+        default="auto",
+        metadata={
+            "help": "If student and teacher have different tokenizers: auto compares them over spans of the "
+            "same text where the method can, refuse stops.",
+            "choices": ["auto", "refuse"],
+        },
+    )
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Sums:
         agreed: Tokens where both models' likeliest token is the same.
         tokens: Predicted tokens, EOS included.
         num_bytes: UTF-8 bytes of the completions.
+        teacher_ce: −Σ log p_T(teacher's token), nats; only where the tokenizers differ.
     """
 
     kl: float = 0.0
@@ -43,6 +44,7 @@ class Sums:
     agreed: int = 0
     tokens: int = 0
     num_bytes: int = 0
+    teacher_ce: float = 0.0
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(
@@ -103,6 +105,7 @@ class HeldoutCheck:
     completions: list[Completion]
     autocast: bool = False
     shared: int | None = field(init=False)
+    _teacher_ce: dict[int, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shared = shared_vocabulary(self.student_form.tokenizer, self.teacher.tokenizer)
@@ -146,7 +149,8 @@ class HeldoutCheck:
 
         Returns:
             `kl_nats`, `ce_nats` and `top1`, means over completion tokens, and `bits_per_byte`. For
-            tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so.
+            tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so; and there
+            is `teacher_bits_per_byte`, on the same text, which the student can hardly go below.
         """
         total = sum(sums, Sums())
         if total.tokens == 0:
@@ -165,6 +169,8 @@ class HeldoutCheck:
         if self.shared is None:
             note = "teacher and student have different tokenizers: KL and top-1 are not defined"
             result |= {"kl_nats": None, "top1": None, "note": note}
+            bits = total.teacher_ce / math.log(2)
+            result["teacher_bits_per_byte"] = bits / max(1, total.num_bytes)
         return result
 
     def records(self, sums: list[Sums]) -> list[dict]:
@@ -196,7 +202,8 @@ class HeldoutCheck:
             logits = completion_logits(student, student_prompt_ids, ids).float()
             target = torch.tensor(ids, device=logits.device)
             ce = F.cross_entropy(logits, target, reduction="sum").item()
-            return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes)
+            teacher_ce = self._own_ce(index)
+            return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes, teacher_ce=teacher_ce)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
         ids = comparable_ids(completion, self.shared)
         if not ids:
@@ -210,6 +217,19 @@ class HeldoutCheck:
         sums = compare_logits(student_logits, teacher_logits.to(student_logits.device), target)
         sums.num_bytes = num_bytes
         return sums
+
+    def _own_ce(self, index: int) -> float:
+        """−Σ log p_T of what the teacher wrote, nats; measured once."""
+        if index not in self._teacher_ce:
+            completion = self.completions[index]
+            prompt = self.teacher.form.render(self.prompts[index].question)
+            prompt_ids = self.teacher.form.encode(prompt)
+            ends = [] if completion.end_id is None else [completion.end_id]
+            ids = completion.token_ids + ends
+            logits = completion_logits(self.teacher.model, prompt_ids, ids).float()
+            target = torch.tensor(ids, device=logits.device)
+            self._teacher_ce[index] = F.cross_entropy(logits, target, reduction="sum").item()
+        return self._teacher_ce[index]
 
     def examples(self, student: PreTrainedModel, max_new_tokens: int, count: int = 4) -> list[str]:
         """The student's own greedy answers to the first `count` prompts, for a reader to look at."""

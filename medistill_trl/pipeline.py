@@ -28,7 +28,8 @@ from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.setting import Arguments, Setting
-from medistill_trl.vocabulary import require_shared_vocabulary
+from medistill_trl.token_bytes import TokenBytes
+from medistill_trl.vocabulary import require_shared_vocabulary, shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,21 @@ def check_inputs(method: Method, arguments: Arguments) -> Loaded:
     """
     loaded = load_inputs(arguments)
     if method.teacher_access == "white_box":
-        require_shared_vocabulary(
-            loaded.student_form.tokenizer,
-            loaded.teacher_form.tokenizer,
-            method.name,
-            methods.names("black_box"),
-        )
+        _check_tokenizers(method, arguments, loaded)
     method.check(arguments, loaded)
     return loaded
+
+
+def _check_tokenizers(method: Method, arguments: Arguments, loaded: Loaded) -> None:
+    pair = loaded.student_form.tokenizer, loaded.teacher_form.tokenizer
+    if not method.across_tokenizers or arguments.teacher.cross_tokenizer == "refuse":
+        require_shared_vocabulary(
+            *pair, method.name, methods.names("black_box"), method.across_tokenizers
+        )
+    elif shared_vocabulary(*pair) is None:
+        for tokenizer in pair:
+            TokenBytes.of(tokenizer)  # or it refuses
+        logger.info("the tokenizers differ: the models are compared over spans of the same text")
 
 
 def build_arguments(

@@ -24,22 +24,27 @@ def require_shared_vocabulary(
     teacher: PreTrainedTokenizerBase,
     method: str,
     others: list[str],
+    across: bool = False,
 ) -> None:
     """Refuse a pair whose distributions cannot be compared token by token.
 
     Args:
         method: Which wants to compare them.
         others: Methods that need the teacher's text only.
+        across: The method could compare spans.
 
     Raises:
         UserError: naming a token or text on which the tokenizers differ, and what does work.
     """
     difference = _difference(student, teacher, min(len(student), len(teacher)))
     if difference:
+        spans = (
+            "; or cross_tokenizer: auto, which compares spans of the same text" if across else ""
+        )
         raise UserError(
             f"{method} compares the two models token by token, and their tokenizers differ: {difference}. "
             f"For this pair take a method that passes text: {', '.join(others)}; or a student with the "
-            "teacher's tokenizer."
+            f"teacher's tokenizer{spans}."
         )
 
 

@@ -92,12 +92,34 @@ def test_killed_between_checkpoints_it_goes_on_as_if_it_had_not_been(tiny_overla
 def test_a_pair_with_different_tokenizers_is_refused_and_told_what_works(
     tiny_overlay, tmp_path, other_teacher_folder
 ):
-    result = run("logit_kd", tiny_overlay, "--teacher_model", other_teacher_folder)
+    flags = ["--teacher_model", other_teacher_folder, "--cross_tokenizer", "refuse"]
+    result = run("logit_kd", tiny_overlay, *flags)
     assert result.returncode == 2
     assert "their tokenizers differ: " in result.stderr
     assert re.search(r"a method that passes text: .*\bsft\b", result.stderr)
     assert "Traceback" not in result.stderr
+    assert "cross_tokenizer: auto" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_pair_with_different_tokenizers_in_one_process_and_in_two(
+    tiny_overlay, tmp_path, method, other_teacher_folder
+):
+    flags = [*PLAIN, 1, "--max_steps", 2, "--lmbda", 0, "--teacher_model", other_teacher_folder]
+    for config, rows in (("cpu.yaml", 4), ("cpu_ddp.yaml", 2)):
+        words = ["--per_device_train_batch_size", rows, "--output_dir", tmp_path / config]
+        result = launch(RECIPES[method], tiny_overlay, *flags, *words, config=config)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert "compared over spans" in result.stderr
+    one, two = tmp_path / "cpu.yaml", tmp_path / "cpu_ddp.yaml"
+    for name in ("loss", "ce_nats", "kl_nats", "one_to_one_share", "teacher_shared_mass", "top1"):
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4), name
+    trained, expected = load_file(two / ADAPTER), load_file(one / ADAPTER)
+    for name in expected:
+        torch.testing.assert_close(trained[name], expected[name], rtol=1e-3, atol=1e-5)
+    assert record(one)["heldout"]["after"]["teacher_bits_per_byte"] > 0
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """Tokenizers of the two families a pair may be of, and changed copies of a tokenizer."""
 
 import json
+import sys
 
-from conftest import CORPUS, make_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from conftest import CORPUS, ROOT, make_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.sentence_piece import BYTES, train_sentence_piece
+
 SPECIAL = ["<unk>", "<s>", "</s>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PLAIN = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
 
 
@@ -16,20 +20,8 @@ def wrap(tokenizer: Tokenizer, **special) -> PreTrainedTokenizerFast:
 
 
 def llama_like(vocab_size: int = 700, normalizer=None) -> PreTrainedTokenizerFast:
-    """SentencePiece-style BPE as Llama-2 has it: ▁ before every text, spaces as ▁, byte fallback."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(([normalizer] if normalizer else []) + steps)
-    # For training alone: words that begin with ▁, and an alphabet that leaves something to the bytes.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?<!▁)(?=▁)"), "isolated")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL + BYTES,
-        limit_alphabet=60,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return wrap(_text_bytes(_sentence_piece_decoder(tokenizer)), **PLAIN)
+    """SentencePiece-style BPE, with an alphabet that leaves something to the bytes."""
+    return train_sentence_piece(CORPUS, vocab_size, SPECIAL, 60, normalizer, **PLAIN)
 
 
 def unigram(vocab_size: int = 700) -> PreTrainedTokenizerFast:
@@ -49,26 +41,6 @@ def unigram(vocab_size: int = 700) -> PreTrainedTokenizerFast:
         [decoders.ByteFallback(), decoders.Metaspace()],
     )
     return wrap(tokenizer, **PLAIN)
-
-
-def _sentence_piece_decoder(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return tokenizer
-
-
-def _text_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """`<0xNN>` as ordinary tokens: the trainer makes special ones of all it is given."""
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIAL]
-    state["pre_tokenizer"] = None
-    return Tokenizer.from_str(json.dumps(state))
 
 
 def composing(vocab_size: int = 600) -> PreTrainedTokenizerFast:

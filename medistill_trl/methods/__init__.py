@@ -48,6 +48,8 @@ class Method:
         learns: What the student trains on, in a few words for the dry run.
         check: Refuses, with a `UserError`, what the recipe asks of this pair and cannot be; before any
             weights are loaded, in a dry run too.
+        across_tokenizers: A white-box method that can compare models of different tokenizers too, over
+            spans (see `spans`).
     """
 
     name: str
@@ -59,6 +61,7 @@ class Method:
     example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
     learns: str = "what the teacher writes; here the reference stands in for it"
     check: "Callable[[Arguments, Loaded], None]" = _any_pair
+    across_tokenizers: bool = False
 
 
 def load(name: str) -> Method:

@@ -9,6 +9,8 @@ A student that is sure sees a sharp teacher, one that is not a soft one.
 T_t = T_base · exp(−c · tanh(log(s_t / median s))), so hard tokens get a low temperature; and of the
 tokens only the hardest share is distilled, a share that follows the loss (its token selection, LATF, see
 `TokenFocus`). The median and the selection are over a micro-batch's completion tokens on one process.
+
+Across tokenizers a token is a span (see `losses.span_kl`), and c_t and s_t are those of the outcomes compared.
 """
 
 import json
@@ -19,8 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from medistill_trl.files import write_text
-from medistill_trl.losses.heads import OutputHead
-from medistill_trl.losses.token_kl import token_scores
+from medistill_trl.losses.comparisons import Comparison
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import InverseConfidence, TemperatureRule
 from medistill_trl.memory_plan import distillation_memory
@@ -189,28 +190,18 @@ class AdaKDTrainer(LogitKDTrainer):
             self.add_callback(_FollowLoss(self))
 
     def _temperatures(
-        self,
-        heads: tuple[OutputHead, OutputHead],
-        student_NH: torch.Tensor,
-        teacher_NH: torch.Tensor,
+        self, comparison: Comparison
     ) -> tuple[float | torch.Tensor | TemperatureRule, torch.Tensor | None]:
         args = self.args
         bounds = args.min_temperature, args.max_temperature
         if args.temperature_rule == "inverse_confidence":
             return InverseConfidence(args.base_temperature, *bounds, args.temperature_epsilon), None
         with self.accelerator.autocast():
-            scores_N = token_scores(
-                student_NH,
-                teacher_NH,
-                *heads,
-                score="hellinger",
-                vocab_size=self.shared,
-                chunk_size=args.loss_chunk_size,
-            )
-        temperatures_N = difficulty_temperatures(
-            scores_N, args.base_temperature, args.difficulty_strength, *bounds
+            scores_C = comparison.scores("hellinger")
+        temperatures_C = difficulty_temperatures(
+            scores_C, args.base_temperature, args.difficulty_strength, *bounds
         )
-        return temperatures_N, hardest(scores_N, self.focus.share)
+        return temperatures_C, hardest(scores_C, self.focus.share)
 
     def _record(self, sums: dict[str, torch.Tensor]) -> None:
         super()._record(sums)
@@ -253,4 +244,5 @@ METHOD = Method(
     build=build,
     paper="arXiv 2510.11615",
     loss_memory=distillation_memory,
+    across_tokenizers=True,
 )

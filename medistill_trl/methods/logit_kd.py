@@ -10,6 +10,7 @@ right tokens, so they carry the divergence alone.
 (no CE, no T², whole logits) and its way to draw completions (per micro-batch, normalised by other tokens).
 """
 
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,26 +24,22 @@ from transformers.utils import ModelOutput
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from medistill_trl.arguments import ChunkArguments, CompletionArguments
-from medistill_trl.checkpoints import Totals
 from medistill_trl.losses import divergences
+from medistill_trl.losses.comparisons import Comparison, SpanComparison, TokenComparison
 from medistill_trl.losses.heads import OutputHead, states_before_head
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.overlap import Fold
+from medistill_trl.losses.span_kl import Reading, SpanBatch
+from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
 from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
-from medistill_trl.pairs import PairCollator, encode_completion_pair
-from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.prompts import IGNORED
 from medistill_trl.setting import Setting
-from medistill_trl.teacher import (
-    Completion,
-    Sampling,
-    Teacher,
-    complete,
-    complete_in_parts,
-    window_seed,
-)
+from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts, window_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,6 +52,7 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
         "kd_temperature": {"above": 0},
         "skew": {"above": 0, "below": 1},
         "lmbda": {"min": 0, "max": 1},
+        "min_coverage": {"min": 0, "max": 1},
     }
 
     alpha: float = field(
@@ -85,6 +83,13 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of the student's own completions."}
     )
+    min_coverage: float = field(
+        default=0.3,
+        metadata={
+            "help": "Across tokenizers, warn once where fewer of the student's tokens are also the teacher's, "
+            "or where the teacher gives the tokens both have less probability."
+        },
+    )
 
     def __post_init__(self):
         self.remove_unused_columns = False
@@ -101,46 +106,31 @@ class LogitKDTrainer(GKDTrainer):
     """`GKDTrainer` with the fused loss, on completions drawn a whole accumulation window at a time.
 
     Args:
-        teacher: The frozen teacher; its prompts and the student's may differ, its token ids may not.
-        shared: Token ids the two models share; both distributions are taken over these.
-        form: The student's prompt format.
-        sampling: How the teacher writes.
-        totals: Where tokens are counted.
-        teacher_batch_size: Prompts per generation; None for a whole window at once.
+        writer: Encodes completions for both models, and has the teacher write. Their prompts may differ, and
+            so may their tokenizers: then they are compared over spans.
     """
 
     _name = "Logit-KD"
 
-    def __init__(
-        self,
-        *args,
-        teacher: Teacher,
-        shared: int,
-        form: PromptFormat,
-        sampling: Sampling,
-        totals: Totals,
-        teacher_batch_size: int | None = None,
-        **kwargs,
-    ):
+    def __init__(self, *args, writer: PairWriter, **kwargs):
         super().__init__(
             *args,
             teacher_model=_no_teacher(kwargs["model"]),
-            data_collator=PairCollator(form.tokenizer.pad_token_id),
-            processing_class=form.tokenizer,
+            data_collator=writer.collator(),
+            processing_class=writer.form.tokenizer,
             **kwargs,
         )
-        self.teacher_model = teacher.model
-        self.teacher = teacher
-        self.shared = shared
-        self.form = form
-        self.sampling = sampling
-        self.totals = totals
-        self.teacher_batch_size = teacher_batch_size
+        self.writer = writer
+        self.teacher_model = writer.teacher.model
+        self.fold = None
+        if writer.tokenizers is not None:
+            self.fold = Fold.of(writer.tokenizers.overlap, self.args.device)
         self.divergence = self.args.divergence_function()
         # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        for model in (self.accelerator.unwrap_model(self.model), teacher.model):
+        self._warned = False
+        for model in (self.accelerator.unwrap_model(self.model), writer.teacher.model):
             OutputHead.of(model).check(model)
 
     # --- completions -----------------------------------------------------------------------------
@@ -155,7 +145,7 @@ class LogitKDTrainer(GKDTrainer):
         batches = [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
         num_items = self._get_num_items_in_batch(batches, device)
         if num_items is not None:
-            self.totals.trained += int(num_items)
+            self.writer.totals.trained += int(num_items)
         return batches, num_items
 
     def _examples(self, rows: list[dict]) -> list[dict]:
@@ -169,44 +159,26 @@ class LogitKDTrainer(GKDTrainer):
         for n, completion in zip(
             own, self._student_writes([rows[n] for n in own], seed), strict=True
         ):
-            examples[n] = self._encode(rows[n], completion) | {"on_policy": True}
-        written = self._teacher_writes([rows[n] for n in asked], seed)
+            example = self.writer.encode(rows[n]["question"], completion, by_student=True)
+            examples[n] = example | {"on_policy": True}
+        written = self.writer.complete([rows[n]["question"] for n in asked], seed)
         for n, completion in zip(asked, written, strict=True):
-            examples[n] = self._encode(rows[n], completion)
+            examples[n] = self.writer.encode(rows[n]["question"], completion)
         return examples
 
-    def _teacher_writes(self, rows: list[dict], seed: int) -> list[Completion]:
-        before = self.teacher.generated_tokens
-        prompts = [self.teacher.form.render(row["question"]) for row in rows]
-        completions = complete_in_parts(
-            self.teacher.complete, prompts, self.sampling, seed, self.teacher_batch_size
-        )
-        self.totals.generated_teacher += self.teacher.generated_tokens - before
-        return completions
-
     def _student_writes(self, rows: list[dict], seed: int) -> list[Completion]:
-        student = self.accelerator.unwrap_model(self.model)
+        student, form = self.accelerator.unwrap_model(self.model), self.writer.form
         sampling = Sampling(self.args.max_new_tokens, self.args.temperature)
 
         def write(prompts, sampling, seed):
             with self.accelerator.autocast():
-                return complete(student, self.form, prompts, sampling, seed)
+                return complete(student, form, prompts, sampling, seed)
 
-        prompts = [self.form.render(row["question"]) for row in rows]
-        completions = complete_in_parts(write, prompts, sampling, seed, self.teacher_batch_size)
+        prompts = [form.render(row["question"]) for row in rows]
+        completions = complete_in_parts(write, prompts, sampling, seed, self.writer.batch_size)
         written = sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
-        self.totals.generated_student += written
+        self.writer.totals.generated_student += written
         return completions
-
-    def _encode(self, row: dict, completion: Completion) -> dict:
-        return encode_completion_pair(
-            self.form,
-            self.teacher.form,
-            self.shared,
-            row["question"],
-            completion,
-            self.args.max_length,
-        )
 
     # --- the loss --------------------------------------------------------------------------------
 
@@ -217,72 +189,66 @@ class LogitKDTrainer(GKDTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.accelerator.unwrap_model(model)
         hidden_BTH, _ = states_before_head(model, student, inputs)
-        student_NH, targets_N = completion_states(hidden_BTH, inputs["labels"])
-        compared_N = inputs["compared"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
-        teacher_NH = self._teacher_states(inputs).to(student_NH.device)
-        parts = [(slice(None), self.args.alpha)]
+        comparison = self._comparison(student, hidden_BTH, inputs)
+        parts = [(comparison, self.args.alpha)]
         if self.args.lmbda > 0:
-            completions_N = (inputs["labels"] != IGNORED).sum(1)
-            own_N = inputs["on_policy"].repeat_interleave(completions_N)
-            parts = [(~own_N, self.args.alpha), (own_N, None)]
-        loss = sum(
-            self._distil(
-                student,
-                student_NH[rows],
-                teacher_NH[rows],
-                targets_N[rows],
-                compared_N[rows],
-                alpha,
-            )
-            for rows, alpha in parts
-        )
-        loss = loss / (max(1, len(targets_N)) if num_items_in_batch is None else num_items_in_batch)
+            own_B = inputs["on_policy"]
+            parts = [
+                (comparison.of_examples(~own_B), self.args.alpha),
+                (comparison.of_examples(own_B), None),
+            ]
+        loss = sum(self._distil(part, alpha) for part, alpha in parts)
+        tokens = len(comparison.student.tokens)
+        loss = loss / (max(1, tokens) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
         return (loss, ModelOutput()) if return_outputs else loss
 
-    def _distil(
-        self, student, student_NH, teacher_NH, targets_N, compared_N, alpha
-    ) -> torch.Tensor:
+    def _comparison(
+        self, student: PreTrainedModel, hidden_BTH: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> Comparison:
+        labels = inputs["labels"], inputs["teacher_labels"]
+        states_NH, targets_N = completion_states(hidden_BTH, labels[0])
+        teacher_MH, teacher_targets_M = self._teacher_states(inputs)
+        ours = Reading(states_NH, targets_N, OutputHead.of(student))
+        theirs = Reading(
+            teacher_MH.to(states_NH.device),
+            teacher_targets_M.to(states_NH.device),
+            OutputHead.of(self.writer.teacher.model),
+        )
+        counts_B2 = torch.stack([(side != IGNORED).sum(1) for side in labels], 1)
+        chunk = self.args.loss_chunk_size
+        if self.fold is not None:
+            batch = SpanBatch(inputs["spans"], inputs["one_to_one"])
+            return SpanComparison(ours, theirs, batch, counts_B2, self.fold, chunk)
+        compared_N = inputs["compared"][:, 1:][labels[0][:, 1:] != IGNORED]
+        return TokenComparison(ours, theirs, compared_N, counts_B2[:, 0], self.writer.shared, chunk)
+
+    def _distil(self, comparison: Comparison, alpha: float | None) -> torch.Tensor:
         """The sum over tokens; α None stands for the student's own completions: α·T²·D and no CE."""
-        heads = OutputHead.of(student), OutputHead.of(self.teacher.model)
-        temperature, weights_N = self._temperatures(heads, student_NH, teacher_NH)
-        weights_N = compared_N.float() if weights_N is None else weights_N * compared_N.float()
+        temperature, weights_C = self._temperatures(comparison)
         with self.accelerator.autocast():
-            loss, sums = distillation_loss(
-                student_NH,
-                targets_N,
-                heads[0],
-                teacher_NH,
-                heads[1],
-                alpha=1.0 if alpha is None else alpha,
-                temperature=temperature,
-                divergence=self.divergence,
-                divergence_weights_N=weights_N,
-                vocab_size=self.shared,
-                chunk_size=self.args.loss_chunk_size,
+            loss, sums = comparison.loss(
+                1.0 if alpha is None else alpha, temperature, self.divergence, weights_C
             )
         self._record(sums)
         return loss if alpha is not None else self.args.alpha * loss
 
     def _temperatures(
-        self,
-        heads: tuple[OutputHead, OutputHead],
-        student_NH: torch.Tensor,
-        teacher_NH: torch.Tensor,
+        self, comparison: Comparison
     ) -> tuple[float | torch.Tensor | TemperatureRule, torch.Tensor | None]:
-        """Temperature of the divergence and weight of its tokens; here the same for all."""
+        """Temperature of the divergence and weight of what is compared; here the same for all."""
         return self.args.kd_temperature, None
 
     @torch.no_grad()
-    def _teacher_states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        model = self.teacher.model
+    def _teacher_states(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        model = self.writer.teacher.model
         states = model.get_decoder()(
             input_ids=inputs["teacher_input_ids"].to(model.device),
             attention_mask=inputs["teacher_attention_mask"].to(model.device),
             use_cache=False,
         ).last_hidden_state
-        return completion_states(states, inputs["teacher_labels"].to(model.device))[0]
+        return completion_states(states, inputs["teacher_labels"].to(model.device))
 
     # --- the log ---------------------------------------------------------------------------------
 
@@ -297,7 +263,22 @@ class LogitKDTrainer(GKDTrainer):
         """Adds means per completion token since the last log, over all processes."""
         prefix = "" if self._mode == "train" else "eval_"
         means = self._means[self._mode].take(self.accelerator)
+        self._check_coverage(means)
         super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
+
+    def _check_coverage(self, means: dict[str, float]) -> None:
+        """Warn once where two tokenizers have little in common."""
+        names = ("one_to_one_share", "teacher_shared_mass")
+        low = {name: means[name] for name in names if means.get(name, 1) < self.args.min_coverage}
+        if low and not self._warned and self.is_world_process_zero():
+            self._warned = True
+            found = " and ".join(f"{name} {value:.2f}" for name, value in low.items())
+            logger.warning(
+                "the two tokenizers have little in common: %s, below min_coverage %g. Little of the teacher's "
+                "distribution is compared; a method that passes text may serve this pair as well",
+                found,
+                self.args.min_coverage,
+            )
 
 
 def _no_teacher(student: PreTrainedModel) -> nn.Module:
@@ -321,12 +302,7 @@ def build_with(trainer: type[LogitKDTrainer], setting: Setting) -> LogitKDTraine
         args=setting.arguments.training,
         train_dataset=Dataset.from_list(training_rows(setting, writer)),
         eval_dataset=Dataset.from_list(heldout_rows(setting, writer)),
-        teacher=setting.teacher,
-        shared=writer.shared,
-        form=setting.form,
-        sampling=setting.sampling,
-        totals=setting.totals,
-        teacher_batch_size=writer.batch_size,
+        writer=writer,
     )
 
 
@@ -337,4 +313,5 @@ METHOD = Method(
     build=build,
     paper="arXiv 1503.02531",
     loss_memory=distillation_memory,
+    across_tokenizers=True,
 )
