@@ -15,7 +15,7 @@ def train_sentence_piece(
     texts: Iterable[str],
     vocab_size: int,
     special: Sequence[str],
-    alphabet: int | None = None,
+    alphabet: int = 1000,
     normalizer: Normalizer | None = None,
     **names: str,
 ) -> PreTrainedTokenizerFast:
@@ -23,7 +23,7 @@ def train_sentence_piece(
     Args:
         texts: What it is trained on.
         special: Special tokens; the first are the lowest ids.
-        alphabet: Characters that get a token of their own, the most frequent first; None for all.
+        alphabet: Characters that get a token of their own, the most frequent first.
         normalizer: What is done to a text first.
         names: `eos_token` and so on.
     """
