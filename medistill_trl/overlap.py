@@ -28,7 +28,7 @@ class Overlap:
     """The outcomes two vocabularies share, numbered from 0.
 
     Special tokens are shared if they have the same name, and the two end tokens always are. Those of one
-    side only have no outcome, nor has text that the other side cannot write.
+    side only have no outcome, nor has what the other side cannot write or what ends inside a character.
 
     Args:
         student_ids, teacher_ids: The shared tokens, in the outcomes' order.
