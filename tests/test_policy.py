@@ -12,6 +12,7 @@ from medistill_trl.losses.policy import (
     discounted_returns,
     policy_loss,
     sequence_advantages,
+    span_rewards,
     token_advantages,
     token_log_probs,
 )
@@ -33,6 +34,25 @@ def test_returns_are_causal_and_stop_at_the_end():
     assert discounted_returns(rewards[:, :0], mask[:, :0], 1.0).shape == (2, 0)
     with pytest.raises(ValueError, match=r"gamma must lie between 0 and 1, got 1\.5"):
         discounted_returns(rewards, mask, 1.5)
+
+
+def test_a_span_is_rewarded_at_its_last_token_and_all_of_them_sum_to_the_log_ratio():
+    student = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    teacher = torch.tensor([-0.5, -0.25, -3.0, -7.0])
+    spans = torch.tensor([0, 1, 1, 2, -100]), torch.tensor([0, 0, 1, 2])
+    rewards = span_rewards(student, teacher, *spans)
+    assert rewards.tolist() == [-0.75 + 1, 0, -3 + 6, -7 + 8, 0]
+    assert rewards.sum() == teacher.sum() - student[:4].sum()
+    later = student.clone()
+    later[3:] = -1
+    assert span_rewards(later, teacher, *spans)[:3].tolist() == rewards[:3].tolist()  # causal
+    singles = torch.arange(4)
+    by_token = span_rewards(student[:4], teacher, singles, singles)
+    assert torch.equal(by_token, teacher - student[:4])
+    nothing = torch.zeros(0)
+    assert span_rewards(nothing, nothing, nothing.long(), nothing.long()).shape == (0,)
+    outside = torch.full((5,), -100), torch.full((4,), -100)
+    assert not span_rewards(student, teacher, *outside).any()
 
 
 def test_baselines_are_means_over_the_prompts_other_samples_or_all():

@@ -87,27 +87,43 @@ def attention_loss(
     Raises:
         ValueError: arguments that do not fit each other.
     """
+    check_options(kind, relation_heads, chunk_size)
+    if kind == "relations":
+        sides = [_relations(inputs, relation_heads) for inputs in (student, teacher)]
+        distance = row_kl
+    else:
+        sides = [[map_products(inputs)] for inputs in (student, teacher)]
+        distance = map_distance(kind, mean_heads, student, teacher)
+    return sum(
+        _row_sum(*pair, distance, rows_BT, keys_BT, chunk_size) for pair in zip(*sides, strict=True)
+    )
+
+
+def check_options(kind: str, relation_heads: int | None, chunk_size: int) -> None:
+    """Refuse, with a ValueError, what does not exist or does not go together."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} does not exist; one of {', '.join(KINDS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if kind == "relations":
-        if relation_heads is None:
-            raise ValueError("relations need relation_heads")
-        sides = [_relations(inputs, relation_heads) for inputs in (student, teacher)]
-        distance = row_kl
-    else:
-        sides = [[_map(inputs)] for inputs in (student, teacher)]
-        distance = partial({"map_mse": map_mse, "row_kl": row_kl}[kind], mean_heads=mean_heads)
-        heads = [inputs.queries_BHTD.shape[1] for inputs in (student, teacher)]
-        if heads[0] != heads[1] and not mean_heads:
-            raise ValueError(
-                f"the student has {heads[0]} heads and the teacher {heads[1]}, which cannot be compared "
-                "one by one; compare their means, or relations"
-            )
-    return sum(
-        _row_sum(*pair, distance, rows_BT, keys_BT, chunk_size) for pair in zip(*sides, strict=True)
-    )
+    if kind == "relations" and relation_heads is None:
+        raise ValueError("relations need relation_heads")
+
+
+def map_distance(
+    kind: str, mean_heads: bool, student: AttentionInputs, teacher: AttentionInputs
+) -> RowDistance:
+    """`map_mse` or `row_kl`, of every head or of their means.
+
+    Raises:
+        ValueError: heads that cannot be compared one by one.
+    """
+    heads = [inputs.queries_BHTD.shape[1] for inputs in (student, teacher)]
+    if heads[0] != heads[1] and not mean_heads:
+        raise ValueError(
+            f"the student has {heads[0]} heads and the teacher {heads[1]}, which cannot be compared "
+            "one by one; compare their means, or relations"
+        )
+    return partial({"map_mse": map_mse, "row_kl": row_kl}[kind], mean_heads=mean_heads)
 
 
 def map_mse(
@@ -141,7 +157,8 @@ def most_relation_heads(widths: list[int], limit: int) -> int:
     return max(number for number in range(1, limit + 1) if common % number == 0)
 
 
-def _map(inputs: AttentionInputs) -> Products:
+def map_products(inputs: AttentionInputs) -> Products:
+    """Whose scores are those of the attention maps."""
     return Products(inputs.queries_BHTD, inputs.keys_BKTD, inputs.scaling)
 
 
@@ -174,7 +191,7 @@ def _row_sum(
     """The distance summed over rows, with known gradients."""
     inputs = student[:2]
     track = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    dtype = _accurate(inputs[0])
+    dtype = accurate(inputs[0])
     total = torch.zeros((), dtype=dtype, device=rows_BT.device)
     gradients = [torch.zeros_like(tensor, dtype=dtype) for tensor in inputs] if track else None
     # Autocast would turn float32 products into bfloat16.
@@ -184,7 +201,8 @@ def _row_sum(
     return KnownGradients.apply(total, gradients, *inputs) if track else total
 
 
-def _accurate(tensor: torch.Tensor) -> torch.dtype:
+def accurate(tensor: torch.Tensor) -> torch.dtype:
+    """What is summed in: float32, or float64 where that is given."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -209,7 +227,7 @@ def _chunk(
     seen, track = slice(chunk.stop), gradients is not None
     position_S = torch.arange(chunk.stop, device=rows_BT.device)
     visible_BCS = keys_BT[:, None, seen] & (position_S <= position_S[chunk, None])
-    dtype = _accurate(student.left_BHTD)
+    dtype = accurate(student.left_BHTD)
     sides = [
         [
             side.left_BHTD[:, :, chunk].detach().to(dtype),
@@ -217,10 +235,10 @@ def _chunk(
         ]
         for side in (student, teacher)
     ]
-    teacher_BHCS = _scores(*sides[1], teacher.scaling, visible_BCS)
+    teacher_BHCS = scaled_scores(*sides[1], teacher.scaling, visible_BCS)
     with torch.set_grad_enabled(track):
         inputs = [states.requires_grad_(track) for states in sides[0]]
-        student_BHCS = _scores(*inputs, student.scaling, visible_BCS)
+        student_BHCS = scaled_scores(*inputs, student.scaling, visible_BCS)
         value = (distance(student_BHCS, teacher_BHCS) * rows_BT[:, chunk]).sum()
     if track:
         found = torch.autograd.grad(value, inputs)
@@ -229,7 +247,7 @@ def _chunk(
     return value.detach()
 
 
-def _scores(
+def scaled_scores(
     left_BHCD: torch.Tensor, right_BKSD: torch.Tensor, scaling: float, visible_BCS: torch.Tensor
 ) -> torch.Tensor:
     """Scaled dot products, (B, H, C, S), as good as −∞ where nothing is seen."""

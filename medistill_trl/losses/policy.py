@@ -13,8 +13,8 @@ exists (see `chunked`):
 
     ∂L/∂u_i = ρA (p_i − 1[i = a]) + β p_i (log p_i + H)
 
-Shapes: B completions, T tokens of the longest, G prompts, K completions of each prompt (B = G·K, those of a
-prompt side by side), N completion tokens of the batch, R tokens of a block, H hidden size, V vocabulary.
+Shapes: B completions, T tokens of the longest, C of one, D of the same text in a teacher's own tokens, G prompts,
+K completions of each prompt (B = G·K, those of a prompt side by side), N completion tokens of the batch, R tokens of a block, H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import torch
 from medistill_trl.losses.chunked import CHUNK_SIZE, Side, token_sum
 from medistill_trl.losses.divergences import Distribution
 from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.token_kl import IGNORE_INDEX
 
 BASELINES = ("none", "group_mean", "leave_one_out")
 
@@ -58,6 +59,32 @@ def at_last(values_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     last_B1 = (mask_BT.sum(1, keepdim=True) - 1).clamp_min(0).long()
     placed_BT = torch.zeros_like(mask_BT, dtype=values_B.dtype)
     return placed_BT.scatter(1, last_B1, values_B[:, None]) * mask_BT
+
+
+def span_rewards(
+    student_log_probs_C: torch.Tensor,
+    teacher_log_probs_D: torch.Tensor,
+    student_spans_C: torch.Tensor,
+    teacher_spans_D: torch.Tensor,
+) -> torch.Tensor:
+    """log p_T − log p_S of each span of text, (C,), at the span's last student token; 0 elsewhere.
+
+    Two models with different tokenizers split a completion into C and D tokens; the log-probability of a span is
+    the sum of those of its tokens on either side. So the rewards sum to the log-ratio of all text in spans.
+
+    Args:
+        student_spans_C, teacher_spans_D: The span of each token, counted from 0; tokens outside of spans, at
+            `IGNORE_INDEX`, earn nothing.
+    """
+    spans_C = student_spans_C
+    inside_C, inside_D = spans_C != IGNORE_INDEX, teacher_spans_D != IGNORE_INDEX
+    # No more spans than the student has tokens.
+    ratios_S = torch.zeros_like(student_log_probs_C)
+    ratios_S = ratios_S.index_add(0, teacher_spans_D[inside_D], teacher_log_probs_D[inside_D])
+    ratios_S = ratios_S.index_add(0, spans_C[inside_C], -student_log_probs_C[inside_C])
+    following_C = torch.cat([spans_C[1:], spans_C.new_tensor([IGNORE_INDEX])])[: len(spans_C)]
+    last_C = inside_C & (spans_C != following_C)
+    return torch.where(last_C, ratios_S[spans_C.clamp_min(0)], 0.0)
 
 
 def baseline(
