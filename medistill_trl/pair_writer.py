@@ -23,7 +23,8 @@ class PairWriter:
         totals: Where its tokens are counted.
         max_length: Of an example, in tokens; None for no limit.
         batch_size: Prompts per generation; None for all at once.
-        same_prompt: Both models read the student's prompt, so that they see the same tokens all along.
+        same_prompt: Both models read the student's prompt, so that they see the same tokens all along. Of different
+            tokenizers each reads its own, and the span of every token is told, the prompts' too.
         tokenizers: Of models whose tokenizers differ; None where they share one.
     """
 
@@ -64,7 +65,13 @@ class PairWriter:
         if self.tokenizers is not None:
             forms = self.form, self.teacher.form
             return encode_span_pair(
-                self.tokenizers, *forms, question, completion, self.max_length, by_student
+                self.tokenizers,
+                *forms,
+                question,
+                completion,
+                self.max_length,
+                by_student,
+                with_columns=self.same_prompt,
             )
         read = self.form if self.same_prompt else self.teacher.form
         return encode_completion_pair(
@@ -77,6 +84,13 @@ class PairWriter:
         if self.tokenizers is None:
             return PairCollator(pad)
         return SpanCollator(pad, self.teacher.tokenizer.pad_token_id)
+
+    @property
+    def same_tokens(self) -> tuple[slice | list[int], slice | list[int]]:
+        """Rows of the student's and of the teacher's output head that stand for the same tokens, in order."""
+        if self.tokenizers is None:
+            return slice(self.shared), slice(self.shared)
+        return self.tokenizers.overlap.student_ids, self.tokenizers.overlap.teacher_ids
 
     def complete(self, questions: list[str], seed: int) -> list[Completion]:
         """What the teacher writes now.

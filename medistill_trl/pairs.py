@@ -90,6 +90,7 @@ class PairCollator:
         batch = {
             name: pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
             for name, value in self.padding.items()
+            if name in rows[0]
         }
         for side in ("", "teacher_"):
             lengths = torch.tensor([len(row[f"{side}input_ids"]) for row in rows])

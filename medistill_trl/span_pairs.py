@@ -6,6 +6,7 @@ import torch
 
 from medistill_trl.pairs import PairCollator
 from medistill_trl.prompts import IGNORED, PromptFormat, encode_completion
+from medistill_trl.span_columns import span_columns
 from medistill_trl.spans import TokenizerPair
 from medistill_trl.teacher import Completion
 
@@ -34,6 +35,7 @@ def encode_span_pair(
     completion: Completion,
     max_length: int | None,
     by_student: bool = False,
+    with_columns: bool = False,
 ) -> dict[str, list]:
     """One example for a loss that compares two models over spans.
 
@@ -43,6 +45,7 @@ def encode_span_pair(
 
     Args:
         by_student: The student wrote it, not the teacher.
+        with_columns: Tell the span of every token too, see `span_columns`.
 
     Returns:
         `input_ids` and `labels` as in `encode_example`; `teacher_input_ids` and `teacher_labels`; `spans`,
@@ -65,11 +68,16 @@ def encode_span_pair(
         ours.end.append(student.tokenizer.eos_token_id)
     input_ids, labels, length = ours.example(max_length)
     teacher_input_ids, teacher_labels, teacher_length = theirs.example(max_length)
-    spans = [
+    whole = [
         span
         for span in tokenizers.spans(*ids, completion.text, ended)
-        if span.exact and span.student_end <= length and span.teacher_end <= teacher_length
+        if span.student_end <= length and span.teacher_end <= teacher_length
     ]
+    columns = {}
+    if with_columns:
+        lengths = len(input_ids), len(teacher_input_ids)
+        columns = span_columns(tokenizers, student, teacher, question, whole, lengths)
+    spans = [span for span in whole if span.exact]
     return {
         "input_ids": input_ids,
         "labels": labels,
@@ -77,6 +85,7 @@ def encode_span_pair(
         "teacher_labels": teacher_labels,
         "spans": [list(span[:4]) for span in spans],
         "one_to_one": [int(tokenizers.one_to_one(span, *ids)) for span in spans],
+        **columns,
     }
 
 
@@ -90,6 +99,7 @@ class SpanCollator(PairCollator):
     def __init__(self, pad_token_id: int, teacher_pad_token_id: int):
         super().__init__(pad_token_id)
         del self.padding["compared"]
+        self.padding |= {"span_of": IGNORED, "teacher_span_of": IGNORED, "row_counts": 0}
         self.padding["teacher_input_ids"] = teacher_pad_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
