@@ -138,14 +138,17 @@ def test_a_mapping_the_pair_does_not_have_stops_a_dry_run(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pair_with_different_tokenizers_is_refused_and_told_what_works(
+def test_a_pair_with_different_tokenizers_is_refused_if_asked_and_told_what_works(
     finished, tmp_path, other_teacher_folder
 ):
-    out = ["--output_dir", tmp_path / "x"]
+    out = ["--output_dir", tmp_path / "x", "--cross_tokenizer", "refuse"]
     result = run(finished[1], "--teacher_model", other_teacher_folder, *out)
     assert result.returncode == 2
     assert "their tokenizers differ: " in result.stderr
-    assert re.search(r"a method that passes text: .*\bsft\b", result.stderr)
+    assert re.search(
+        r"a method that passes text: .*\bsft\b.*; or cross_tokenizer: auto, which compares spans",
+        result.stderr,
+    )
     assert not (tmp_path / "x").exists()
 
 

@@ -6,7 +6,8 @@ CE over the tokens the teacher writes; D compares the rows of the two attention 
 relations, see `losses.attention`. The report: D = Σ over heads ‖A_S − A_T‖².
 
 Both models read the same tokens, in the student's prompt format, since a row is a distribution over the
-tokens before it. The maps are recomputed from queries and keys that the forward passes make anyway.
+tokens before it. Where their tokenizers differ each reads its own, and maps over spans of text are compared
+(`losses.span_attention`). The maps are recomputed from queries and keys that the forward passes make anyway.
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from medistill_trl.methods import Method
 from medistill_trl.methods.attention.trainer import AttentionTrainer
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.setting import Arguments, Setting
+from medistill_trl.vocabulary import shared_vocabulary
 
 
 @dataclass
@@ -107,7 +109,14 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
         )
     for role, config in (("student", student), ("teacher", teacher)):
         _check_window(role, config, args.max_length)
-    _check_tokens(loaded)
+    forms = loaded.student_form, loaded.teacher_form
+    if shared_vocabulary(*(form.tokenizer for form in forms)) is not None:
+        _check_tokens(loaded)
+    elif args.attention_rows == "all":
+        raise UserError(
+            "attention_rows: all compares the rows of the prompts too, and the two models' tokenizers differ: what "
+            "their templates have in front of the question does not correspond; take attention_rows: completion"
+        )
 
 
 def relation_heads_of(
@@ -188,4 +197,5 @@ METHOD = Method(
     paper="arXiv 2012.15828",
     loss_memory=attention_memory,
     check=check,
+    across_tokenizers=True,
 )

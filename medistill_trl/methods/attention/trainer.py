@@ -14,11 +14,11 @@ from trl import SFTTrainer
 from medistill_trl.layers import run_through
 from medistill_trl.losses.attention import AttentionInputs, attention_loss
 from medistill_trl.losses.heads import OutputHead, states_before_head
+from medistill_trl.losses.span_attention import span_attention_loss, span_rows
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.attention.capture import captured_attention, check_attention
 from medistill_trl.pair_writer import PairWriter
-from medistill_trl.pairs import PairCollator
 from medistill_trl.prompts import IGNORED
 from medistill_trl.teacher import window_seed
 
@@ -53,7 +53,7 @@ class AttentionTrainer(SFTTrainer):
         tokenizer = writer.form.tokenizer
         super().__init__(
             *args,
-            data_collator=PairCollator(tokenizer.pad_token_id),
+            data_collator=writer.collator(),
             processing_class=tokenizer,
             **kwargs,
         )
@@ -156,15 +156,21 @@ class AttentionTrainer(SFTTrainer):
         inputs: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Summed over layer pairs; over rows the mean of the window, or the sum."""
-        rows_BT, kind = self._rows(inputs), self.args.attention_loss
+        rows, kind = self._rows(inputs), self.args.attention_loss
         name, loss = LOGGED[kind], 0.0
-        sums = {"tokens": rows_BT.sum().float()}
+        sums = {"tokens": rows.sum().float()}
+        if self.writer.tokenizers is not None:
+            function, places = (
+                span_attention_loss,
+                (inputs["span_of"], inputs["teacher_span_of"], rows),
+            )
+        else:
+            function, places = attention_loss, (rows, inputs["attention_mask"].bool())
         for pair, own, its in zip(self.pairs, student, teacher, strict=True):
-            total = attention_loss(
+            total = function(
                 own,
                 its,
-                rows_BT,
-                inputs["attention_mask"].bool(),
+                *places,
                 kind=kind,
                 mean_heads=not self.args.match_all_heads,
                 relation_heads=self.relation_heads,
@@ -175,7 +181,7 @@ class AttentionTrainer(SFTTrainer):
         self._means[self._mode][1].add(sums | {name: loss.detach()})
         if self.args.attention_reduction == "sum":
             return loss
-        return loss / inputs.get("num_rows", rows_BT.sum()).clamp_min(1)
+        return loss / inputs.get("num_rows", rows.sum()).clamp_min(1)
 
     @torch.no_grad()
     def _teacher_attention(self, inputs: dict[str, torch.Tensor]) -> list[AttentionInputs]:
@@ -183,8 +189,8 @@ class AttentionTrainer(SFTTrainer):
             run_through(
                 self.teacher,
                 max(self.teacher_layers),
-                inputs["input_ids"],
-                inputs["attention_mask"],
+                inputs["teacher_input_ids"],
+                inputs["teacher_attention_mask"],
             )
         device = inputs["input_ids"].device
         found = (captured[layer].inputs() for layer in self.teacher_layers)
@@ -194,7 +200,9 @@ class AttentionTrainer(SFTTrainer):
         ]
 
     def _rows(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Which rows count, (B, T): those of the teacher's tokens, or of all."""
+        """Which rows count, (B, T): those of the teacher's tokens, or of all; or (B, S), those of spans."""
+        if self.writer.tokenizers is not None:
+            return span_rows(inputs["span_of"], inputs["row_counts"].bool())
         name = "attention_mask" if self.args.attention_rows == "all" else "compared"
         return inputs[name].bool()
 

@@ -4,7 +4,8 @@
 
 with g and h the outputs of the two layers and P an affine map that is learned beside the student (Romero et al.
 2015, arXiv 1412.6550, "hints"; for transformers TinyBERT, arXiv 1909.10351, and PKD, arXiv 1908.09355). CE is on
-what the teacher writes. By default the squared error is divided by ‖h_t‖², and a mean over tokens.
+what the teacher writes. By default the squared error is divided by ‖h_t‖², and a mean over tokens. Where the tokenizers
+differ t are spans of text, and g and h pooled states (`losses.span_states`).
 
 Neither model keeps hidden states but those of its mapped layers, the teacher is run to its last mapped layer
 only, and logits exist for one chunk of tokens at a time.
@@ -26,6 +27,7 @@ from medistill_trl.methods import Method
 from medistill_trl.methods.fitnets.trainer import FitNetsTrainer
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.setting import Arguments, Setting
+from medistill_trl.vocabulary import shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,14 @@ class FitNetsConfig(LayerArguments, CompletionArguments, ChunkArguments, SFTConf
             "help": "completion: the states that predict the completion's tokens. all: those of the prompt "
             "too, if both models are asked alike.",
             "choices": ["completion", "all"],
+        },
+    )
+    span_pooling: str = field(
+        default="mean",
+        metadata={
+            "help": "Where the tokenizers differ, of the states that predict a span of text: their mean, or the "
+            "first, up to which both models have read the same.",
+            "choices": ["mean", "first"],
         },
     )
     use_projections: bool = field(
@@ -127,6 +137,12 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
 
 
 def _require_same_prompts(loaded: Loaded) -> None:
+    tokenizers = (form.tokenizer for form in (loaded.student_form, loaded.teacher_form))
+    if shared_vocabulary(*tokenizers) is None:
+        raise UserError(
+            "feature_tokens: all compares the prompts' tokens too, and the two models' tokenizers differ; take "
+            "feature_tokens: completion, which compares spans of the completion's text"
+        )
     question = loaded.train_prompts[0].question
     ids = [
         form.encode(form.render(question)) for form in (loaded.student_form, loaded.teacher_form)
@@ -177,4 +193,5 @@ METHOD = Method(
     paper="arXiv 1412.6550",
     loss_memory=feature_memory,
     check=check,
+    across_tokenizers=True,
 )

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from medistill_trl.layers import captured, run_through
 from medistill_trl.losses.features import FeatureLoss
 from medistill_trl.losses.heads import OutputHead, states_before_head
+from medistill_trl.losses.span_states import span_states
 from medistill_trl.losses.token_kl import completion_states, distillation_loss
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.fitnets.projections import (
@@ -26,7 +27,6 @@ from medistill_trl.methods.fitnets.projections import (
     map_between_heads,
 )
 from medistill_trl.pair_writer import PairWriter
-from medistill_trl.pairs import PairCollator
 from medistill_trl.prompts import IGNORED
 from medistill_trl.teacher import window_seed
 
@@ -46,8 +46,9 @@ class FitNetsTrainer(SFTTrainer):
 
     def __init__(self, *args, writer: PairWriter, pairs: list[tuple[int, int]], **kwargs):
         tokenizer = writer.form.tokenizer
-        collator = PairCollator(tokenizer.pad_token_id)
-        super().__init__(*args, data_collator=collator, processing_class=tokenizer, **kwargs)
+        super().__init__(
+            *args, data_collator=writer.collator(), processing_class=tokenizer, **kwargs
+        )
         self.writer = writer
         self.pairs = pairs
         self.teacher_model = writer.teacher.model
@@ -91,6 +92,8 @@ class FitNetsTrainer(SFTTrainer):
         return count
 
     def _compared_tokens(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.writer.tokenizers is not None:
+            return torch.tensor(len(batch["spans"]))
         if self.args.feature_tokens == "all":
             return _real_tokens(batch).sum()
         return batch["compared"][:, 1:].sum()
@@ -181,12 +184,16 @@ class FitNetsTrainer(SFTTrainer):
     def _compared(
         self, hidden_BTH: torch.Tensor, inputs: dict[str, torch.Tensor], side: str
     ) -> torch.Tensor:
-        """The states (N, H) of the tokens that are compared, in the same order for both models.
+        """The states (N, H) of the tokens or spans that are compared, in the same order for both models.
 
         Args:
             side: Of the batch's columns: empty for the student's, `teacher_` for the teacher's.
         """
         device = hidden_BTH.device
+        if self.writer.tokenizers is not None:
+            states_NH, _ = completion_states(hidden_BTH, inputs[f"{side}labels"].to(device))
+            bounds_S2 = inputs["spans"][:, 2:] if side else inputs["spans"][:, :2]
+            return span_states(states_NH, bounds_S2.to(device), self.args.span_pooling)
         if self.args.feature_tokens == "all":  # both models read the same row
             return hidden_BTH[_real_tokens(inputs).to(device)]
         labels_BT = inputs["labels"]
@@ -205,7 +212,8 @@ class FitNetsTrainer(SFTTrainer):
         student = self.accelerator.unwrap_model(self.model)
         if self.args.projection_init == "heads":
             heads = [m.get_output_embeddings().weight for m in (student, self.teacher_model)]
-            heads = [weight[: self.writer.shared].to(self.args.device) for weight in heads]
+            rows = self.writer.same_tokens
+            heads = [w[own].to(self.args.device) for w, own in zip(heads, rows, strict=True)]
             self.projections.start_at([(map_between_heads(*heads), None)] * len(self.pairs))
         if self.args.projection_init == "least_squares":
             self.projections.start_at(fit.solve() for fit in self._fit(student, examples))
