@@ -7,8 +7,9 @@
                       a reference answer has the first part only
 
 The teacher reads all completions in batches, one forward each, and its logits exist for a chunk of completion
-tokens at a time. With a shared tokenizer it reads the student's own tokens; otherwise the text, in
-tokens and after a prompt of its own, which leaves scores of whole completions.
+tokens at a time. With a shared tokenizer it reads the student's own tokens; otherwise the text, in tokens and after
+a prompt of its own. token_kl then rewards spans, the pieces of text that both have split into whole tokens
+(`spans`), each at its last student token; what a cut completion ends amid earns nothing.
 
 An end token counts as a token only if the student wrote it. A completion cut at its length limit has none, and
 may be charged for it. An empty one has score 0 (plus what its answer earns, which is nothing).
@@ -25,12 +26,15 @@ from torch.nn.utils.rnn import pad_sequence
 from medistill_trl.answer_matching import matches
 from medistill_trl.errors import UserError
 from medistill_trl.losses.chunked import CHUNK_SIZE
-from medistill_trl.losses.policy import at_last
-from medistill_trl.prompts import encode_example
+from medistill_trl.losses.policy import at_last, span_rewards
+from medistill_trl.prompts import IGNORED, PromptFormat, encode_example
 from medistill_trl.rationales import RationaleFormat
 from medistill_trl.rollouts import Sample, encode_sample
 from medistill_trl.setting import Setting
+from medistill_trl.span_columns import span_numbers
+from medistill_trl.spans import Span, TokenizerPair
 from medistill_trl.teacher import Teacher, completion_log_probs
+from medistill_trl.vocabulary import shared_vocabulary
 
 KINDS = ("teacher_logprob", "token_kl", "sequence")
 REDUCTIONS = ("mean", "sum")
@@ -51,7 +55,8 @@ class RewardArguments:
         default="token_kl",
         metadata={
             "help": "teacher_logprob (the teacher's log-probability of the completion), token_kl (log p_T − "
-            "log p_S of every token; needs a shared tokenizer) or sequence (likelihood and right answers).",
+            "log p_S of every token; of every span of text where tokenizers differ) or sequence (likelihood and "
+            "right answers).",
             "choices": ["teacher_logprob", "token_kl", "sequence"],
         },
     )
@@ -84,7 +89,8 @@ class Rewards:
         scores_B: Σ_t r_t, or the score; that of an empty completion too.
         mask_BT: (B, T), bool, the completions' tokens.
         parts: What the scores were made of, for the log: (n,) each, of those completions it is defined for.
-        teacher_log_probs: log p_T of the student's tokens, (C,) each; None if the teacher reads text.
+        teacher_log_probs: log p_T of the student's tokens, (C,) each. If the teacher reads text: what makes the
+            difference to log p_S the token's reward, or None without such rewards.
     """
 
     per_token: bool
@@ -102,21 +108,27 @@ def answer_is_right(text: str, reference: str) -> bool:
     return not parsed.answers_differ and matches(stated, reference)
 
 
-def check_pair(kind: str, shared: int | None) -> None:
+def check_pair(
+    kind: str, student: PromptFormat, teacher: PromptFormat, cross_tokenizer: str
+) -> None:
     """Refuse a reward that the pair cannot serve.
 
     Args:
-        shared: Token ids the two models share; None if their tokenizers differ.
+        cross_tokenizer: The recipe's key.
 
     Raises:
         UserError: naming the rewards that work.
     """
-    if kind == "token_kl" and shared is None:
+    if kind != "token_kl" or shared_vocabulary(student.tokenizer, teacher.tokenizer) is not None:
+        return
+    if cross_tokenizer == "refuse":
         raise UserError(
-            "reward: token_kl compares the two models token by token, and their tokenizers differ. "
-            "For this pair take reward: teacher_logprob or sequence, which pass text; or a student "
-            "with the teacher's tokenizer."
+            "reward: token_kl compares the two models token by token, and their tokenizers differ. For this pair "
+            "set cross_tokenizer: auto, which compares spans of text; or take reward: teacher_logprob or sequence, "
+            "which pass text; or a student with the teacher's tokenizer."
         )
+    # Raises where tokens cannot be read as bytes.
+    TokenizerPair.of(student.tokenizer, teacher.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class TeacherReward:
     Args:
         teacher: The frozen teacher.
         shared: Token ids the two models share; None if their tokenizers differ.
+        tokenizers: Of both models, for token_kl where they differ.
         kind: One of `KINDS`.
         reduction: Of teacher_logprob: `mean`, nats per token, or `sum`, which longer completions pay for.
         likelihood_weight: w_l of sequence.
@@ -136,7 +149,7 @@ class TeacherReward:
         chunk_size: Tokens whose logits exist at a time.
 
     Raises:
-        UserError: what the pair cannot serve.
+        ValueError: an unknown kind or reduction, or token_kl of other tokens without `tokenizers`.
     """
 
     teacher: Teacher
@@ -149,14 +162,18 @@ class TeacherReward:
     is_right: Callable[[str, str], bool] = answer_is_right
     batch_size: int = 8
     chunk_size: int = CHUNK_SIZE
+    tokenizers: TokenizerPair | None = None
 
     @classmethod
     def of(cls, setting: Setting) -> "TeacherReward":
         """By the recipe's keys."""
-        args = setting.arguments.training
+        args, shared = setting.arguments.training, setting.heldout.shared
+        tokenizers = None
+        if args.reward == "token_kl" and shared is None:
+            tokenizers = TokenizerPair.of(setting.form.tokenizer, setting.teacher.tokenizer)
         return cls(
             setting.teacher,
-            setting.heldout.shared,
+            shared,
             args.reward,
             args.logprob_reduction,
             args.likelihood_weight,
@@ -164,14 +181,18 @@ class TeacherReward:
             args.truncation_penalty,
             batch_size=args.per_device_train_batch_size,
             chunk_size=args.loss_chunk_size,
+            tokenizers=tokenizers,
         )
 
     def __post_init__(self):
-        check_pair(self.kind, self.shared)
         if self.kind not in KINDS or self.reduction not in REDUCTIONS:
             raise ValueError(
                 f"reward must be one of {', '.join(KINDS)} and its reduction one of "
                 f"{', '.join(REDUCTIONS)}, got {self.kind!r} and {self.reduction!r}"
+            )
+        if self.kind == "token_kl" and self.shared is None and self.tokenizers is None:
+            raise ValueError(
+                "token_kl needs shared tokens, or the two tokenizers to find spans with"
             )
 
     @property
@@ -197,7 +218,12 @@ class TeacherReward:
         charges_B = self._charges(samples).to(device)
         parts = {}
         if self.kind == "token_kl":
-            rewards = [t - s.to(device) for t, s in zip(log_probs, student_log_probs, strict=True)]
+            own = [values.to(device) for values in student_log_probs]
+            if self.tokenizers is None:
+                rewards = [t - s for t, s in zip(log_probs, own, strict=True)]
+            else:
+                rewards = self._by_span(samples, examples, log_probs, own)
+                log_probs = [s + reward for s, reward in zip(own, rewards, strict=True)]
             rewards_BT = pad_sequence(rewards, batch_first=True)
             scores_B = rewards_BT.sum(1) - charges_B
             rewards_BT = rewards_BT - at_last(charges_B, mask_BT)
@@ -205,7 +231,7 @@ class TeacherReward:
             scores_B, parts = self._scores(samples, log_probs)
             scores_B = scores_B - charges_B
             rewards_BT = at_last(scores_B, mask_BT)
-        aligned = None if self.shared is None else log_probs
+        aligned = None if self.shared is None and self.tokenizers is None else log_probs
         return Rewards(self.kind == "token_kl", rewards_BT, scores_B, mask_BT, parts, aligned)
 
     def _read(self, sample: Sample) -> dict[str, list[int]]:
@@ -215,6 +241,34 @@ class TeacherReward:
             return encode_sample(form, sample)
         completion = sample.completion
         return encode_example(form, sample.question, completion.text, completion.finished, None)
+
+    def _by_span(
+        self,
+        samples: Sequence[Sample],
+        examples: Sequence[dict[str, list[int]]],
+        teacher_log_probs: Sequence[torch.Tensor],
+        student_log_probs: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """The rewards of spans, (C,) each."""
+        found = []
+        columns = zip(samples, examples, teacher_log_probs, student_log_probs, strict=True)
+        for sample, example, theirs, own in columns:
+            spans = self._spans(sample, [id for id in example["labels"] if id != IGNORED])
+            numbers = span_numbers(spans, len(own), len(theirs))
+            numbers = (
+                torch.tensor(column, dtype=torch.long, device=own.device) for column in numbers
+            )
+            found.append(span_rewards(own, theirs, *numbers))
+        return found
+
+    def _spans(self, sample: Sample, teacher_ids: list[int]) -> list[Span]:
+        completion = sample.completion
+        if completion.finished and completion.end_id is None:
+            teacher_ids = teacher_ids[:-1]  # the end, which the student did not write as a token
+        ended = completion.end_id is not None
+        spans = self.tokenizers.spans(sample.token_ids, teacher_ids, completion.text, ended)
+        amid = sample.truncated and spans and not spans[-1].exact
+        return spans[:-1] if amid else spans
 
     def _charges(self, samples: Sequence[Sample]) -> torch.Tensor:
         cut = [self.truncation_penalty if sample.truncated else 0.0 for sample in samples]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from medistill_trl.errors import UserError
 from medistill_trl.models import set_generation
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward, answer_is_right
@@ -133,7 +132,7 @@ def test_another_tokenizer_reads_the_text():
         torch.testing.assert_close(found.scores_B[one], expected)
     assert found.teacher_log_probs is None
     assert found.mask_BT.sum(1).tolist() == [2, 1]  # the student's tokens
-    with pytest.raises(UserError, match="reward: teacher_logprob or sequence"):
+    with pytest.raises(ValueError, match="needs shared tokens, or the two tokenizers"):
         TeacherReward(other, None, "token_kl")
 
 

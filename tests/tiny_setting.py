@@ -55,6 +55,7 @@ def make_setting(
     *,
     lora=False,
     prompts=PROMPTS,
+    form=None,
     teacher_form=None,
     teacher_model=None,
     student=None,
@@ -69,12 +70,13 @@ def make_setting(
         folder: For the completion store and checkpoints.
         method: Its name.
         lora: Wrap the student.
+        form: The student's prompt format.
         teacher_form: Of another tokenizer than the student's.
         teacher_model, student: Instead of those made here.
         run, teacher, data: Changes to these arguments.
         training: Changes to `TRAINING`.
     """
-    form = make_form()
+    form = form or make_form()
     teacher_form = teacher_form or form
     if teacher_model is None:
         teacher_model = make_model(len(teacher_form.tokenizer), seed=1)

@@ -149,15 +149,11 @@ def test_every_reward_trains_an_adapter_with_every_baseline(tmp_path, reward, ba
     assert all(p.grad is None for p in setting.teacher.model.parameters())
 
 
-def test_another_tokenizer_serves_scores_but_not_token_rewards(tmp_path):
+def test_another_tokenizer_serves_scores_of_the_whole_text(tmp_path):
     other = make_form(vocab_size=450, chat=False)
     _, trainer, _ = trained(tmp_path, teacher_form=other, reward="teacher_logprob")
     assert all(math.isfinite(value) for value in logged(trainer, "reward_mean"))
     assert logged(trainer, "kl_to_teacher_nats") == []
-    with pytest.raises(UserError, match="their tokenizers differ"):
-        check(make_setting(tmp_path / "b", teacher_form=other))
-    with pytest.raises(UserError, match="their tokenizers differ"):
-        trained(tmp_path / "b", teacher_form=other)
 
 
 def test_an_evaluation_reports_the_same_rewards_for_the_same_weights(tmp_path):

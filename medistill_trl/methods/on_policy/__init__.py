@@ -28,7 +28,6 @@ from medistill_trl.rewards import RewardArguments, TeacherReward, check_pair
 from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
-from medistill_trl.vocabulary import shared_vocabulary
 
 # Of the keys GRPOConfig adds, those that mean something here.
 USED = {
@@ -141,10 +140,8 @@ def build_with(trainer: type[OnPolicyTrainer], setting: Setting) -> OnPolicyTrai
 def check(arguments: Arguments, loaded: Loaded) -> None:
     """What only the other keys, the data and the tokenizers show."""
     args = arguments.training
-    check_pair(
-        args.reward,
-        shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer),
-    )
+    cross_tokenizer = arguments.teacher.cross_tokenizer
+    check_pair(args.reward, loaded.student_form, loaded.teacher_form, cross_tokenizer)
     check_lengths(arguments)
     needed = args.generation_batch_size // args.num_generations
     if needed > len(loaded.train_prompts):

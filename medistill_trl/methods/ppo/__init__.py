@@ -28,7 +28,6 @@ from medistill_trl.rewards import RewardArguments, TeacherReward, check_pair
 from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
-from medistill_trl.vocabulary import shared_vocabulary
 
 # Of the keys PPOConfig adds, those that mean something here, and for some of the others what does.
 USED = {"gamma", "lam", "kl_coef", "num_ppo_epochs", "num_mini_batches"}
@@ -175,10 +174,8 @@ def build(setting: Setting) -> PPODistillTrainer:
 def check(arguments: Arguments, loaded: Loaded) -> None:
     """What only the other keys, the data and the tokenizers show."""
     args = arguments.training
-    check_pair(
-        args.reward,
-        shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer),
-    )
+    cross_tokenizer = arguments.teacher.cross_tokenizer
+    check_pair(args.reward, loaded.student_form, loaded.teacher_form, cross_tokenizer)
     if args.kl_coef and not arguments.student.use_lora:
         raise UserError(
             f"recipe: kl_coef must be 0 with use_lora: false, got {args.kl_coef}: the start policy is the student "
