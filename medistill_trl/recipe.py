@@ -109,6 +109,29 @@ def load(arguments: list[str]) -> Recipe:
     return Recipe(values={**known.defaults, **given}, warnings=warnings)
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """The recipe a run was saved with. Its files need not be there any more.
+
+    Raises:
+        RecipeError: it is not one, naming every problem.
+    """
+    problems: list[str] = []
+    entries = read_file(str(path), problems)
+    values = {entry.key: entry.value for entry in entries}
+    if entries:
+        method = next((entry for entry in entries if entry.key == "method"), None)
+        known = _known_keys(method, problems)
+        if known.schema:
+            problems.extend(e.say(text) for e in entries for text in _check(e, known))
+        wanted = ("student_model", "teacher_model", "output_dir")
+        problems.extend(f"{path}: no {key}" for key in wanted if key not in values)
+    if problems or not entries:
+        raise RecipeError(
+            [*problems, f"{path} is not as its run saved it: put a copy back, or make the run anew"]
+        )
+    return values
+
+
 def methods() -> list[str]:
     """Names of the methods that exist: the modules of `medistill_trl/methods`."""
     folder = Path(__file__).parent / "methods"
@@ -184,9 +207,10 @@ def _check(entry: Entry, known: _Keys) -> list[str]:
         return [f"does nothing with this method, leave it out: {known.unused[key]}"]
     if key not in schema:
         close = difflib.get_close_matches(key, schema, n=1)
-        return ["unknown key" + (f"; did you mean {close[0]}?" if close else "")]
+        hint = f"did you mean {close[0]}?" if close else "medistill train RECIPE --help lists them"
+        return [f"unknown key; {hint}"]
     expected = schema[key]
-    if problem := _type_problem(value, expected):
+    if problem := _type_problem(value, expected) or _odd_part(value):
         return [problem]
     if expected.choices and value is not None and value not in expected.choices:
         names = [str(choice) for choice in expected.choices]
@@ -215,6 +239,33 @@ def _type_problem(value: Any, expected: Field) -> str | None:
     if kind == "str" and accepted & {"int", "float"} and re.fullmatch(r"[-+\d.eE_]+", value):
         hint = "; remove the quotes"
     return f"must be {_words(accepted)}, got {value!r}{hint}"
+
+
+def _odd_part(value: Any) -> str | None:
+    """What no recipe can be saved or run with, wherever in a value it stands."""
+    match value:
+        case str():
+            if "\0" in value:
+                return "contains a NUL byte"
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                return "contains half a surrogate pair, which no text can hold"
+        case int() if not -(2**63) <= value < 2**63:
+            return (
+                f"must fit in 64 bits, got {value:.3e}"
+                if abs(value) < 1e300
+                else "must fit in 64 bits"
+            )
+        case float() if not math.isfinite(value):
+            return f"must be finite, got {value}"
+        case list():
+            return next(filter(None, map(_odd_part, value)), None)
+        case dict():
+            return next(filter(None, map(_odd_part, [*value, *value.values()])), None)
+        case None | bool() | int() | float():
+            pass
+        case _:
+            return f"holds {value!r} (a {type(value).__name__}; quote it if a text is meant)"
+    return None
 
 
 def _words(types: frozenset[str]) -> str:
@@ -277,10 +328,17 @@ def _check_whole(
         for key, text in said:
             found.append(winners[key].say(text) if key in winners else f"{key}: {text}")
     for key in ("train_file", "validation_file"):
-        if isinstance(values.get(key), str) and not Path(values[key]).is_file():
+        if isinstance(values.get(key), str) and not _is_file(values[key]):
             problems.append(
                 winners[key].say(
                     f"no file {values[key]} below {Path.cwd()}; the packaged sample is "
                     "data_prep/sample/processed/train.jsonl and validation.jsonl"
                 )
             )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long a name, a folder that may not be entered
+        return False

@@ -9,6 +9,21 @@ import yaml
 
 from medistill_trl.schema import Field
 
+LARGEST = 10_000  # values of a file
+TOO_LARGE = (
+    f"a value contains itself, or the file has more than {LARGEST:,} values, aliases written out"
+)
+# What YAML's own constructors raise on values that a tag such as !!int promises and that are not there.
+UNREADABLE = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,8 +92,14 @@ def parse_value(text: str) -> Any:
         ValueError: it is no YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _is_too_large(root):
+            raise ValueError(TOO_LARGE)
+        return loader.construct_object(root, deep=True)
+    except UNREADABLE as error:
         raise ValueError(f"cannot be read: {getattr(error, 'problem', None) or error}") from error
 
 
@@ -112,25 +133,37 @@ def read_file(path: str, problems: list[str], kind: str = "recipe") -> list[Entr
     if not isinstance(root, yaml.MappingNode):
         problems.append(f"{path}: must be a mapping of `key: value` lines")
         return []
-    try:
-        _find_duplicates(root, path, problems)
-    except RecursionError:
-        problems.append(f"{path}: a value contains itself")
+    if _is_too_large(root):
+        problems.append(f"{path}: {TOO_LARGE}")
         return []
+    _find_duplicates(root, path, problems)
     entries = []
     for key_node, value_node in root.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         try:
             key = loader.construct_object(key_node, deep=True)
             value = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            problems.append(f"{where}: {getattr(error, 'problem', None) or error}")
+        except UNREADABLE as error:
+            problems.append(f"{where}: cannot be read: {getattr(error, 'problem', None) or error}")
             continue
         if not isinstance(key, str):
             problems.append(f"{where}: keys are words, got {key!r}")
             continue
         entries.append(Entry(key, value, where))
     return entries
+
+
+def _is_too_large(root: yaml.Node) -> bool:
+    """Whether a document has more values than any recipe, once its aliases are written out."""
+    left, waiting = LARGEST, [root]
+    while waiting and left:
+        left -= 1
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return bool(waiting)
 
 
 def _find_duplicates(node: yaml.Node, path: str, problems: list[str]) -> None:

@@ -33,6 +33,8 @@ INHERITED_LIMITS: dict[str, dict[str, float]] = {
     "dataloader_num_workers": {"min": 0},
 }
 
+LONGEST_NAME = 200  # bytes of a folder's name, beside the method's
+
 # Keys the parent classes accept and this project does not, with what to do instead.
 REFUSED = {
     "hub_token": "a recipe is saved with the run and may be shared; log in with `hf auth login` instead",
@@ -148,8 +150,11 @@ def _run_conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "output_dir",
             "is empty; name a folder, or leave it out for outputs/<method>_<run_name>",
         )
-    if re.search(r"[/\\]|^\.\.?$", str(values.get("run_name") or "")):
+    name = str(values.get("run_name") or "")
+    if re.search(r"[/\\]|^\.\.?$", name):
         yield "run_name", "is the last part of a folder's name; use output_dir for a path"
+    if not name.isprintable() or len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+        yield "run_name", f"names a folder: printable, and at most {LONGEST_NAME} bytes"
     for problem in trackers.problems(values.get("report_to", "none")):
         yield "report_to", problem
 

@@ -90,11 +90,14 @@ def expand(study: Study, out: Path) -> list[Run]:
     for settings in points:
         method = settings.get("method", study.shared.get("method"))
         name = _name(method, study, settings)
-        origins = _origins(study, method, settings)
         if method not in recipe.methods():
-            say = f"{_place(study, origins['method'])}: method: {method!r} does not exist; one of {', '.join(recipe.methods())}"
+            place = _place(study, "grid" if "method" in settings else "shared")
+            say = (
+                f"{place}: method: {method!r} does not exist; one of {', '.join(recipe.methods())}"
+            )
             problems.setdefault(say, []).append(name)
             continue
+        origins = _origins(study, method, settings)
         words = _words(study, method, settings, name, out)
         try:
             runs.append(Run(name, settings, words, recipe.load(words), out / name))
