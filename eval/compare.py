@@ -7,7 +7,6 @@ cannot be compared is refused, with the reasons. docs/comparison.md says what th
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.run_directory import RunDirectory
+from medistill_trl.sealed_json import write_record
 
 RESULT, PAGE = "comparison.json", "comparison.md"
 DEFAULT_OUT = Path("outputs/comparison")
@@ -88,8 +88,7 @@ def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     found = find(request.paths, request.allow_partial)
     content = build(found, request.baseline, request.quality, request.x)
     out = request.out or default_out(request.paths)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(out / RESULT, text + "\n")
+    write_record(out / RESULT, content, finite=True)
     pictures = [path.name for path in draw(content, out)]
     write_text(out / PAGE, tables.document(content, pictures))
     single = len(request.paths) == 1 and not (request.paths[0] / STUDY).is_file()

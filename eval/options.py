@@ -5,6 +5,7 @@ Importing this loads no torch.
 """
 
 import argparse
+import math
 import types
 from dataclasses import MISSING, dataclass, field, fields
 from typing import get_args, get_origin, get_type_hints
@@ -205,6 +206,8 @@ def from_flags(options: type, parsed: argparse.Namespace):
 def _check(name: str, value: float | None, limits: dict[str, float]) -> None:
     if value is None:
         return
+    if not math.isfinite(value):
+        raise UserError(f"--{name}: must be finite, got {value}")
     for bound, wrong, words in (
         ("min", lambda limit: value < limit, "at least"),
         ("max", lambda limit: value > limit, "at most"),

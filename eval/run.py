@@ -10,7 +10,6 @@ command. docs/evaluation.md says what the numbers are.
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import sys
@@ -27,8 +26,8 @@ from eval.report import write_report
 from medistill_trl import console
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
-from medistill_trl.files import write_text
 from medistill_trl.run_directory import RunDirectory
+from medistill_trl.sealed_json import write_record
 
 SCHEMA_VERSION = 1
 INTERRUPTED = 130  # exit code, as a shell gives it
@@ -97,6 +96,7 @@ def parse(arguments: list[str]) -> Request:
     if (parsed.run is None) == (models.model is None):
         parser.error("name either a run directory or a --model")
     given = [name for name, value in asdict(models).items() if value not in (None, False)]
+    given = [name for name in given if name != "trust_remote_code"]  # never left to a run's recipe
     if parsed.run is not None and given:
         parser.error(f"--{given[0]} is not for a run: its recipe says how its models are loaded")
     options = from_flags(Options, parsed)
@@ -116,25 +116,26 @@ def evaluate(request: Request) -> Path:
 
     console.quiet_loading_bars()
     if request.run is not None:
-        pair = subjects.load_run(request.run, request.allow_partial)
+        trusted = request.models.trust_remote_code
+        pair = subjects.load_run(request.run, request.allow_partial, trusted)
     else:
         pair = subjects.load_models(request.models)
-    results, costs = {}, {}
+    directory = RunDirectory(request.out)
+    results, items, costs = {}, {}, {}
     for name, part in request.parts.items():
         store = ItemStore()
         with Cost() as cost:
             result = part.evaluate(pair, request.data, request.options, store)
-        _write_items(request.out, name, result.pop("items", []))
+        items[name] = directory.write_items(name, result.pop("items", []))
         results[name] = result
         costs[name] = {
             **asdict(cost),
             "items_computed": store.computed,
             "items_from_store": store.reused,
         }
-    path = RunDirectory(request.out).evaluation
-    content = {**_describe(request, pair), "results": results, "cost": costs}
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
+    content = {**_describe(request, pair), "results": results, "items": items, "cost": costs}
+    write_record(directory.evaluation, content, finite=True)
+    return directory.evaluation
 
 
 def _describe(request: Request, pair) -> dict:
@@ -155,11 +156,6 @@ def _describe(request: Request, pair) -> dict:
         "data": {"folder": str(request.data), "sha256": data_files.digests(request.data, files)},
         **environment(),
     }
-
-
-def _write_items(out: Path, part: str, items: list[dict]) -> None:
-    lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items]
-    write_text(out / "results/items" / f"{part}.jsonl", "".join(lines))
 
 
 def _check_alone() -> None:

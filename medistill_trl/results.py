@@ -10,7 +10,7 @@ from medistill_trl import run_record
 from medistill_trl.hub.card import write_model_card
 from medistill_trl.inputs import Loaded
 from medistill_trl.recipe import Recipe
-from medistill_trl.run_directory import RECORD, RunDirectory
+from medistill_trl.run_directory import HELDOUT, RECORD, RunDirectory
 from medistill_trl.setting import Setting
 
 logger = logging.getLogger(__name__)
@@ -75,12 +75,11 @@ def write_results(
         return
     # It pickles every training argument, and unpickling it would run code.
     (directory.final_model / "training_args.bin").unlink(missing_ok=True)
-    directory.write_result(RECORD, record)
     directory.write_result("heldout_examples.json", _examples(setting, before["answers"], answers))
     stages = {"before": before["records"], "after": setting.heldout.records(sums)}
-    directory.write_items(
-        "heldout", [{"stage": stage, **row} for stage, rows in stages.items() for row in rows]
-    )
+    rows = [{"stage": stage, **row} for stage, rows in stages.items() for row in rows]
+    record["items"] = {HELDOUT: directory.write_items(HELDOUT, rows)}
+    directory.write_result(RECORD, record)
     write_model_card(directory, record)
 
 

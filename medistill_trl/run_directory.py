@@ -9,19 +9,20 @@ tensorboard/, wandb/      only of a tracker that `report_to` names
 COMPLETE                  written last; without it the run does not count as finished
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from medistill_trl import sealed_json
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
-from medistill_trl.recipe import Recipe
+from medistill_trl.recipe import Recipe, read_saved
+from medistill_trl.recipe_reading import parse_value
 
 # In results/.
 RECORD = "run.json"
 EVALUATION = "comprehensive_evaluation.json"
+HELDOUT = "heldout"  # among the items: those of training
+REMEDY = "put a copy of the file back, or make the run anew"
 HEADER = "# The resolved recipe of this run; running it again reproduces the run.\n"
 
 
@@ -87,8 +88,8 @@ class RunDirectory:
             self._check_same_recipe(recipe)
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
-        saved = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        now = yaml.safe_load(recipe.to_yaml())
+        saved = read_saved(self.recipe)
+        now = parse_value(recipe.to_yaml())
         ignored = {"output_dir": None}
         self._refuse_changes("the recipe differs", saved | ignored, now | ignored)
 
@@ -108,14 +109,14 @@ class RunDirectory:
 
     def check_same_inputs(self, inputs: dict) -> None:
         """Refuse to resume on other models, data or processes than the run was started with."""
-        saved = json.loads(self.inputs.read_text(encoding="utf-8"))
+        saved = self.read_inputs()
         self._refuse_changes("its inputs differ", saved, inputs)
 
     def start(self, recipe: Recipe, inputs: dict) -> None:
         """Make the folders and save what the run is."""
         for folder in (self.checkpoints, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.inputs, json.dumps(inputs, indent=2, ensure_ascii=False) + "\n")
+        sealed_json.write_record(self.inputs, inputs)
         write_text(self.recipe, HEADER + recipe.to_yaml())
 
     def checkpoint_to_resume(self) -> tuple[Path | None, list[str]]:
@@ -128,12 +129,42 @@ class RunDirectory:
         write_text(self.complete, "training, final model and results are all written\n")
 
     def write_result(self, name: str, content: dict) -> None:
-        write_text(self.results / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        sealed_json.write_record(self.results / name, content)
 
-    def write_items(self, part: str, rows: list[dict]) -> None:
-        """results/items/<part>.jsonl: a record for each item, for paired tests."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(self.results / "items" / f"{part}.jsonl", "".join(lines))
+    def items(self, part: str) -> Path:
+        """A record for each item of a part of the evaluation, or of the held-out check; for paired tests."""
+        return self.results / "items" / f"{part}.jsonl"
+
+    def write_items(self, part: str, rows: list[dict]) -> str:
+        """Write the file `items` names; its digest belongs into the result, under `items` and the part's name."""
+        return sealed_json.write_items(self.items(part), rows)
+
+    def read_inputs(self) -> dict:
+        return sealed_json.read_record(self.inputs, f"{REMEDY} ({self.path})")
 
     def read_result(self, name: str) -> dict:
-        return json.loads((self.results / name).read_text(encoding="utf-8"))
+        """A result in results/.
+
+        Raises:
+            UserError: it is not as it was written.
+        """
+        return sealed_json.read_record(self.results / name, self._remedy(name))
+
+    def read_items(self, part: str) -> list[dict]:
+        """What `write_items` wrote; none if the file is not there.
+
+        Raises:
+            UserError: it is not what was written with the result.
+        """
+        path, result = self.items(part), RECORD if part == HELDOUT else EVALUATION
+        if not path.is_file():
+            return []
+        known = (
+            self.read_result(result).get("items", {}) if (self.results / result).is_file() else {}
+        )
+        return sealed_json.read_items(path, known.get(part), self._remedy(result))
+
+    def _remedy(self, name: str) -> str:
+        if name == EVALUATION:
+            return f"evaluate again: python -m eval.run {self.path}"
+        return f"{REMEDY} ({self.path})"

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from medistill_trl.hub.card import write_model_card
 from medistill_trl.run_directory import RunDirectory
+from medistill_trl.sealed_json import write_record
 
 RECIPE = {
     "method": "sft",
@@ -97,7 +98,7 @@ def write_run(folder: Path, base=RECIPE["student_model"]) -> RunDirectory:
     for path in (model, run.checkpoints / "checkpoint-2", run.results):
         path.mkdir(parents=True)
     run.recipe.write_text(yaml.safe_dump(RECIPE))
-    run.inputs.write_text(json.dumps(MODELS))
+    write_record(run.inputs, MODELS)
     run.complete.write_text("all written\n")
     (run.checkpoints / "checkpoint-2/optimizer.pt").write_bytes(b"pickle")
     run.write_result("run.json", RECORD)

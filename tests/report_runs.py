@@ -5,9 +5,12 @@ import json
 import random
 from pathlib import Path
 
+from sealed import seal
+
 from eval.report import write_report
 from eval.statistics import bootstrap_difference, holm, mcnemar, minimum_detectable_effect, wilson
 from medistill_trl import recipe
+from medistill_trl.sealed_json import write_record
 
 PNG = bytes.fromhex(  # one grey dot
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000" "1f15c4890000000d4944415478da63"
@@ -26,8 +29,7 @@ ENVIRONMENT = {
 
 
 def write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False))
+    write_record(path, content)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -116,6 +118,7 @@ def write_run(
     (results / "training_curves.png").write_bytes(PNG)
     (folder / "recipe.yaml").write_text(values.to_yaml())
     (folder / "COMPLETE").write_text("complete\n")
+    seal(folder)
     return folder
 
 
@@ -274,6 +277,7 @@ def write_evaluation(
         "cost": {},
     }
     write_json(folder / "results/comprehensive_evaluation.json", content)
+    seal(folder)
     return content
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from sealed import read, seal
 
 from eval.options import Options
 from eval.statistics import ratio_interval, wilson
+from medistill_trl.sealed_json import write_record
 
 BENCHMARKS = {"medqa": 4, "pubmedqa": 3}
 DIGEST = "0" * 64
@@ -73,6 +75,7 @@ def write_run(
     if evaluated:
         rng = np.random.default_rng([seed, *method.encode()])
         write_evaluation(folder, recipe, skill, items, rng)
+    seal(folder)
     return folder
 
 
@@ -161,27 +164,28 @@ def write_evaluation(folder: Path, recipe: dict, skill: float, items: int, rng) 
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    write_record(path, content)
 
 
 def write_items(folder: Path, part: str, rows: list[dict]) -> None:
     path = folder / f"results/items/{part}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seal(folder)
 
 
 def edit(folder: Path, name: str, **changes) -> None:
     """Change values of a result by their dotted path."""
     path = folder / "results" / name
-    content = json.loads(path.read_text())
+    content = read(path)
     for place, value in changes.items():
         *parents, last = place.split("__")
         inner = content
         for key in parents:
             inner = inner[int(key)] if isinstance(inner, list) else inner[key]
         inner[last] = value
-    path.write_text(json.dumps(content))
+    write_record(path, content)
+    seal(folder)
 
 
 # --- parts: the result and the items' records

@@ -10,6 +10,7 @@ from comparisons import KL, content_of, refused
 from conftest import ROOT
 from run_folders import DIGEST, edit, write_items, write_run
 from scipy import stats
+from sealed import read, seal
 
 from eval.comparison.cost import pareto_front
 from eval.comparison.result import build
@@ -41,7 +42,7 @@ def compared(three, tmp_path_factory):
         [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    return out, json.loads((out / "comparison.json").read_text()), result.stdout
+    return out, read(out / "comparison.json"), result.stdout
 
 
 @pytest.fixture
@@ -302,6 +303,8 @@ def test_what_changes_no_number_is_not_refused(pair, place, value):
 def test_other_items_are_refused(pair, capsys):
     path = pair[1] / "results/items/perplexity.jsonl"
     path.write_text(path.read_text().replace('"d7"', '"other"'))
+    assert "perplexity.jsonl: damaged, or not written with the result" in refused(capsys, *pair)
+    seal(pair[1])
     message = refused(capsys, *pair)
     assert "perplexity.bits_per_byte: item d7" in message
     path.unlink()

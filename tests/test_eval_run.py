@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
+from sealed import read
 
 from eval import compare
 from eval import run as command
@@ -21,6 +22,7 @@ from eval.options import ModelOptions
 from eval.subjects import load_models, load_run
 from medistill_trl.errors import UserError
 from medistill_trl.run_directory import EVALUATION
+from medistill_trl.sealed_json import write_record
 
 BENCHMARKS = ["--tasks", "benchmarks", "--limit", "3"]
 
@@ -52,7 +54,7 @@ def evaluate(*arguments):
 
 
 def result_of(folder):
-    return json.loads((folder / "results" / EVALUATION).read_text())
+    return read(folder / "results" / EVALUATION)
 
 
 def without_cost(content):
@@ -147,9 +149,9 @@ def compare_with_itself(trained, folder):
         run = shutil.copytree(trained, folder / f"rate_{rate}")
         shutil.copytree(folder / "1/results", run / "results", dirs_exist_ok=True)
         for name in ("run.json", EVALUATION):
-            content = json.loads((run / "results" / name).read_text())
+            content = read(run / "results" / name)
             content["recipe"]["learning_rate"] = rate
-            (run / "results" / name).write_text(json.dumps(content))
+            write_record(run / "results" / name, content)
         runs.append(run)
     content = build(find(runs), resamples=99)
     families = {measure["family"] for measure in content["measures"].values()}
@@ -207,8 +209,7 @@ def test_a_run_that_is_not_finished_is_refused_unless_asked_for(trained, data, t
 
 def test_a_base_model_that_changed_is_refused(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    inputs = json.loads((run / "inputs.json").read_text())
-    (run / "inputs.json").write_text(json.dumps(inputs | {"student": "sha256:other"}))
+    write_record(run / "inputs.json", read(run / "inputs.json") | {"student": "sha256:other"})
     with pytest.raises(UserError, match="as sha256:other, and that model is sha256:"):
         load_run(run)
 

@@ -1,6 +1,5 @@
 """Pushing a run, against a hub on this machine, and the card that goes with it."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -337,10 +336,10 @@ def test_an_unfinished_run_is_pushed_only_on_request_and_says_so(hub, run):
 
 
 def test_the_pushed_card_has_the_evaluation_of_this_run_alone(hub, run):
-    run.evaluation.write_text(json.dumps(evaluation({**RECIPE, "lora_r": 8})))
+    write_record(run.evaluation, evaluation({**RECIPE, "lora_r": 8}))
     selection = pushing.plan(run)
     assert any("the card has no scores" in note for note in selection.notes)
-    run.evaluation.write_text(json.dumps(evaluation()))
+    write_record(run.evaluation, evaluation())
     push(hub, run)
     assert b"model-index" in hub.repositories[REPO].files()["README.md"]
 
@@ -348,7 +347,7 @@ def test_the_pushed_card_has_the_evaluation_of_this_run_alone(hub, run):
 def test_a_card_edited_by_hand_is_kept(hub, run):
     path = run.final_model / "README.md"
     path.write_text(path.read_text() + "\nWritten by hand.\n")
-    run.evaluation.write_text(json.dumps(evaluation()))
+    write_record(run.evaluation, evaluation())
     assert any("is pushed as it is" in note for note in pushing.plan(run).notes)
     push(hub, run)
     assert hub.repositories[REPO].files()["README.md"] == path.read_bytes()

@@ -182,6 +182,7 @@ def test_an_evaluation_without_a_run_or_a_teacher_has_a_page(tmp_path):
     records = tmp_path / "eval_x/results/items/benchmarks.jsonl"
     lines = [line for line in records.read_text().splitlines() if '"teacher"' not in line]
     records.write_text("\n".join(lines) + "\n")
+    seal(tmp_path / "eval_x")
     page = write_report(tmp_path / "eval_x").read_text()
     items = items_of(page)["sets"][0]["items"]
     assert {item["outcomes"]["student"] for item in items} == {"right", "wrong"}
@@ -257,20 +258,23 @@ def test_claims_decide_the_outcome_of_an_answer_from_evidence(tmp_path):
         ),
         *(record("student", "empty"), record("teacher", "empty", "supported")),
     ]
-    (tmp_path / "items").mkdir()
-    (tmp_path / "items/faithfulness.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = tmp_path / "results"
+    write_lines(results / "items/faithfulness.jsonl", rows)
     evaluation = {"data": {"folder": str(tmp_path), "sha256": {}}}
-    write_json(tmp_path / "comprehensive_evaluation.json", evaluation)
-    (found,) = browser({"student": tmp_path})["sets"]
+    write_json(results / "comprehensive_evaluation.json", evaluation)
+    seal(tmp_path)
+    (found,) = browser({"student": results})["sets"]
     outcomes = {item["id"]: item["outcomes"]["student"] for item in found["items"]}
     assert outcomes == {"kept": "kept", "lost": "lost", "empty": "no_claims"}
 
 
 def test_records_end_where_lines_end_not_where_texts_do(tmp_path):
     """U+2028 and the like stand within answers as they are."""
-    (tmp_path / "items").mkdir()
-    (tmp_path / "items/x.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n')
-    assert read_items(tmp_path, "x") == [{"text": "a\u2028b\u0085c"}]
+    results = tmp_path / "results"
+    write_lines(results / "items/x.jsonl", [{"text": "a\u2028b\u0085c"}])
+    write_json(results / "comprehensive_evaluation.json", {})
+    seal(tmp_path)
+    assert read_items(results, "x") == [{"text": "a\u2028b\u0085c"}]
 
 
 # --- recipe, numbers -------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any
 
 from eval.run import SCHEMA_VERSION as EVALUATION_VERSION
 from medistill_trl.errors import UserError
-from medistill_trl.run_directory import RECORD, RunDirectory
+from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
+from medistill_trl.sealed_json import read_record
 
 STUDY = "study.json"
 RECORD_VERSION = 1
@@ -59,10 +60,7 @@ class Run:
         return max((entry["step"] for entry in self.record["log_history"]), default=0)
 
     def has_items(self, part: str) -> bool:
-        return self._items(part).is_file()
-
-    def _items(self, part: str) -> Path:
-        return RunDirectory(self.path).results / "items" / f"{part}.jsonl"
+        return RunDirectory(self.path).items(part).is_file()
 
     def items(self, part: str) -> list[dict]:
         """The records of single items of a part of the evaluation, or of the held-out check.
@@ -70,14 +68,12 @@ class Run:
         Raises:
             UserError: there are none, or they cannot be read.
         """
-        path = self._items(part)
-        try:
-            # Of bytes: a text's splitlines also splits at separators that stand within an answer.
-            return [json.loads(line) for line in path.read_bytes().splitlines()]
-        except (OSError, ValueError) as error:
+        directory = RunDirectory(self.path)
+        if not self.has_items(part):
             raise UserError(
-                f"{path}: cannot be read ({error}); evaluate the run again: python -m eval.run {self.path}"
-            ) from error
+                f"{directory.items(part)}: not there; evaluate the run again: python -m eval.run {self.path}"
+            )
+        return directory.read_items(part)
 
 
 @dataclass(frozen=True)
@@ -159,9 +155,12 @@ def find(paths: Sequence[Path], allow_partial: bool = False) -> Found:
 
 
 def _add_study(folder: Path, found: Found, unfinished: dict[str, str]) -> None:
-    record = _read(folder / STUDY)
+    record = read_record(folder / STUDY, "start the study again: it goes on from what is finished")
     for entry in record["runs"]:
-        path = folder / entry["name"]
+        name = entry["name"]
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise UserError(f"{folder / STUDY}: {name!r} is no name of a run in the study's folder")
+        path = folder / name
         if entry["state"] == "finished":
             _add_run(path, found, unfinished)
         else:
@@ -183,21 +182,18 @@ def _add_run(path: Path, found: Found, unfinished: dict[str, str]) -> None:
             "no results/run.json: it has not trained to its end"
         )
         return
-    record = _read(directory.results / RECORD, RECORD_VERSION)
+    record = _read(directory, RECORD, RECORD_VERSION)
     evaluation = None
     if directory.evaluation.is_file():
-        evaluation = _read(directory.evaluation, EVALUATION_VERSION)
+        evaluation = _read(directory, EVALUATION, EVALUATION_VERSION)
     found.runs.append(Run(path, record, evaluation, directory.is_complete))
 
 
-def _read(path: Path, version: int | None = None) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); make it anew") from error
-    if version is not None and content.get("schema_version") != version:
+def _read(directory: RunDirectory, name: str, version: int) -> dict:
+    content = directory.read_result(name)
+    if content.get("schema_version") != version:
         raise UserError(
-            f"{path}: its schema_version is {content.get('schema_version')}, and this reads {version}; make it anew "
+            f"{directory.results / name}: its schema_version is {content.get('schema_version')}, and this reads {version}; make it anew "
             "with this version of medistill_trl"
         )
     return content

@@ -4,13 +4,13 @@ Records hold no questions; they stand in the data folder. Its files are read onl
 those that were evaluated. Otherwise the items come without their questions, and the page says why.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.data_files import digests, read_rows
 from eval.report.names import PARTS, TITLES
+from medistill_trl.run_directory import EVALUATION, RunDirectory
 
 OUTCOMES = {  # in the order of the buttons; the page shows those that occur
     "kept": ("kept", "both right"),
@@ -26,6 +26,8 @@ OUTCOMES = {  # in the order of the buttons; the page shows those that occur
 }
 SCORES = {"rouge_l": "ROUGE-L", "semantic_similarity": "cosine"}
 TEACHER, BEFORE, STUDENT = "teacher", "before training", "student"
+
+EXAMPLES = "heldout_examples.json"
 
 Records = dict[str, list[dict]]  # of one part, by student; the teacher's among each
 
@@ -45,9 +47,9 @@ def browser(students: Mapping[str, Path], data: Path | None = None) -> dict:
     """
     collected = Collected(list(students))
     examples = {
-        name: json.loads(path.read_text(encoding="utf-8"))["examples"]
+        name: _run(results).read_result(EXAMPLES)["examples"]
         for name, results in students.items()
-        if (path := results / "heldout_examples.json").is_file()
+        if (results / EXAMPLES).is_file()
     }
     if examples:
         _heldout(collected, examples)
@@ -68,10 +70,11 @@ def browser(students: Mapping[str, Path], data: Path | None = None) -> dict:
 
 def read_items(results: Path, part: str) -> list[dict]:
     """The records of results/items/<part>.jsonl; none if the file is not there."""
-    path = results / "items" / f"{part}.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return _run(results).read_items(part)
+
+
+def _run(results: Path) -> RunDirectory:
+    return RunDirectory(results.parent)
 
 
 @dataclass
@@ -103,9 +106,8 @@ class Texts:
 def _evaluated_texts(students: Mapping[str, Path], data: Path | None) -> Texts | None:
     """Of the first student that was evaluated; runs that are compared were evaluated on the same."""
     for results in students.values():
-        path = results / "comprehensive_evaluation.json"
-        if path.is_file():
-            evaluated = json.loads(path.read_text(encoding="utf-8"))["data"]
+        if (results / EVALUATION).is_file():
+            evaluated = _run(results).read_result(EVALUATION)["data"]
             return Texts(data or Path(evaluated["folder"]), evaluated["sha256"])
     return None
 

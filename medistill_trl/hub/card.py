@@ -7,12 +7,12 @@ import json
 import re
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from medistill_trl.files import write_text
 from medistill_trl.hub import licences, scores
-from medistill_trl.run_directory import RECORD, RunDirectory
+from medistill_trl.recipe import read_saved
+from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 from medistill_trl.schema import read_about
 
 CARD_NAME = "README.md"
@@ -45,8 +45,7 @@ def read_record(run: RunDirectory) -> dict:
     """results/run.json, or of a run that has none yet what it was started with."""
     if (run.results / RECORD).is_file():
         return run.read_result(RECORD)
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    inputs = json.loads(run.inputs.read_text(encoding="utf-8"))
+    recipe, inputs = read_saved(run.recipe), run.read_inputs()
     models = {role: inputs[role] for role in ("student", "teacher")}
     return {"method": recipe["method"], "recipe": recipe, "models": models}
 
@@ -55,7 +54,7 @@ def read_evaluation(run: RunDirectory, record: dict) -> dict | None:
     """results/comprehensive_evaluation.json where there is one, and it is of this run."""
     if not run.evaluation.is_file():
         return None
-    evaluation = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    evaluation = run.read_result(EVALUATION)
     return evaluation if evaluation["recipe"] == record["recipe"] else None
 
 

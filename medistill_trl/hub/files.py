@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from medistill_trl.errors import UserError
+from medistill_trl.errors import UserError, first_line
 from medistill_trl.hub import card, licences
 from medistill_trl.recipe_rules import SECRET_VALUE
 from medistill_trl.run_directory import RunDirectory
@@ -190,8 +190,14 @@ def _note_local_base(run: RunDirectory, selection: Selection) -> None:
     path = run.final_model / "adapter_config.json"
     if not path.is_file():
         return
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if Path(base).is_absolute():
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        is_local = Path(base).is_absolute()
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged ({first_line(error)}), so nothing is pushed; put a copy back, or make the run anew"
+        ) from error
+    if is_local:
         selection.notes.append(
             f"adapter_config.json names a folder of this machine as the base ({base}): others see that name, and "
             "need the card to make the base"

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medistill_trl.errors import UserError
+from medistill_trl.recipe import read_saved
 from medistill_trl.run_directory import RECORD, RunDirectory
 from medistill_trl.study.definition import Budget
 from medistill_trl.study.grid import Run, identity
@@ -50,14 +49,14 @@ def _changes(run: Run) -> list[str]:
     if not is_started(run):
         return []
     directory = RunDirectory(run.directory)
-    saved = identity(yaml.safe_load(directory.recipe.read_text(encoding="utf-8")))
+    saved = identity(read_saved(directory.recipe))
     now = identity(run.recipe.resolved())
     changes = [
         f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted({*saved, *now})
         if saved.get(key) != now.get(key)
     ]
-    inputs = json.loads(directory.inputs.read_text(encoding="utf-8"))
+    inputs = directory.read_inputs()
     for path in (run.recipe.values["train_file"], run.recipe.values["validation_file"]):
         known = inputs.get(f"sha256 of {path}")
         if known is not None and known != _sha256(path):
@@ -128,14 +127,21 @@ def seconds_per_step(folder: Path) -> dict[str, float]:
 
     The newest run of a kind counts. Records of other versions, which do not say so, are passed over.
     """
-    found: dict[str, float] = {}
-    records = [*folder.glob("*/results/run.json"), *folder.glob("*/*/results/run.json")]
-    for path in sorted(records, key=lambda path: path.stat().st_mtime):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("steps"):
-            seconds = record["seconds"] - record["seconds_drawing"]
-            found[cost_key(record["recipe"])] = seconds / record["steps"]
-    return found
+    paths = [*folder.glob("*/results/run.json"), *folder.glob("*/*/results/run.json")]
+    records = [_readable(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
+    return {
+        cost_key(record["recipe"]): (record["seconds"] - record["seconds_drawing"])
+        / record["steps"]
+        for record in records
+        if record is not None and record.get("steps")
+    }
+
+
+def _readable(path: Path) -> dict | None:
+    try:
+        return RunDirectory(path.parents[1]).read_result(path.name)
+    except UserError:  # it is refused where its run is wanted
+        return None
 
 
 def cost_key(values: dict[str, Any]) -> str:

@@ -1,15 +1,15 @@
 """outputs/<study>/study.json: the study as it was asked for, and what has become of every run."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medistill_trl.files import write_text
+from medistill_trl.sealed_json import read_record, write_record
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 
 SCHEMA_VERSION = 1
+REMEDY = "remove it: it is written anew, and runs that are finished stay so"
 STATES = ("waiting", "running", "finished", "short", "failed", "stopped")
 
 
@@ -40,7 +40,7 @@ class StudyRecord:
     def _earlier(self) -> dict[str, dict]:
         if not self.path.exists():
             return {}
-        content = json.loads(self.path.read_text(encoding="utf-8"))
+        content = read_record(self.path, REMEDY)
         return {entry["name"]: entry for entry in content["runs"]}
 
     def _entry(self, run: Run, earlier: dict) -> dict[str, Any]:
@@ -68,8 +68,7 @@ class StudyRecord:
         self.write()
 
     def write(self) -> None:
-        text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
-        write_text(self.path, text + "\n")
+        write_record(self.path, self.content)
 
     def count(self, *states: str) -> int:
         return sum(entry["state"] in states for entry in self._runs.values())

@@ -3,7 +3,6 @@
 Measured anew at the end rather than averaged on the way, so that a resumed run finds the same numbers.
 """
 
-import json
 from dataclasses import asdict, dataclass
 
 import torch
@@ -117,7 +116,8 @@ def _sum(logits: torch.Tensor, ids: list[int]) -> float:
 
 def write_record(directory: RunDirectory, record: dict) -> None:
     """Put an iteration's record behind those of the iterations before it, in results/."""
-    path = directory.results / FILE
-    content = json.loads(path.read_text()) if path.exists() else {"iterations": []}
-    before = [r for r in content["iterations"] if r["iteration"] < record["iteration"]]
+    known = (
+        directory.read_result(FILE) if (directory.results / FILE).exists() else {"iterations": []}
+    )
+    before = [r for r in known["iterations"] if r["iteration"] < record["iteration"]]
     directory.write_result(FILE, {"iterations": [*before, record]})
