@@ -13,24 +13,27 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from eval.options import ModelOptions
 from medistill_trl import models
 from medistill_trl.arguments import StudentArguments, TeacherArguments
-from medistill_trl.errors import UserError, first_line
+from medistill_trl.errors import UserError
 from medistill_trl.inputs import student_identity, teacher_identity
 from medistill_trl.losses.heads import OutputHead
+from medistill_trl.model_checks import check_sound, reading
 from medistill_trl.model_source import ModelSource, folder_digest, resolve
 from medistill_trl.prompts import PromptFormat
+from medistill_trl.recipe import read_saved
 from medistill_trl.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_ADVICE = "continue its run with --resume, or put a copy of the adapter back"
 DEFAULT_SEED = 42
 T = TypeVar("T")
 
@@ -94,25 +97,27 @@ class Pair:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
 
-def load_run(path: Path, allow_partial: bool = False) -> Pair:
+def load_run(path: Path, allow_partial: bool = False, trust_remote_code: bool = False) -> Pair:
     """The trained student of a run and its teacher, loaded as the recipe says.
 
     Args:
         allow_partial: Take a run that has a final model but never finished.
+        trust_remote_code: Of whoever evaluates: a run's own recipe cannot give it.
 
     Raises:
-        UserError: there is no run, it is not finished, or its base model is another one by now.
+        UserError: there is no run, it is not finished, its base model is another one by now, or its models bring
+            code that nobody here said to trust.
     """
     run = RunDirectory(path)
     _check_run(run, allow_partial)
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    recipe = read_saved(run.recipe)
     student = _known(StudentArguments, recipe)
     teacher = _known(TeacherArguments, recipe)
-    remote = bool(recipe.get("trust_remote_code"))
+    remote = _trusted(run, recipe, trust_remote_code)
     base = resolve(
         student.student_model, student.student_revision, student.student_keep_layers, remote
     )
-    trained_on = json.loads(run.inputs.read_text(encoding="utf-8"))["student"]
+    trained_on = run.read_inputs()["student"]
     if base.fingerprint != trained_on:
         raise UserError(
             f"{run.path}: it was trained on {student.student_model} as {trained_on}, and that model is "
@@ -128,6 +133,23 @@ def load_run(path: Path, allow_partial: bool = False) -> Pair:
         recipe,
         recipe.get("seed", DEFAULT_SEED),
     )
+
+
+def _trusted(run: RunDirectory, recipe: dict, given: bool) -> bool:
+    """Whether code that comes with the run's models may be run: a folder from elsewhere must not decide that."""
+    if recipe.get("trust_remote_code") and not given:
+        raise UserError(
+            f"{run.path}: its models bring Python code of their own, which would run here; if you trust it, evaluate "
+            "with --trust_remote_code"
+        )
+    return warn_of_remote_code(given and bool(recipe.get("trust_remote_code")))
+
+
+def warn_of_remote_code(trusted: bool) -> bool:
+    """Say loudly what is about to happen; returns what it was given."""
+    if trusted:
+        logger.warning("--trust_remote_code: Python code that comes with the models is run here")
+    return trusted
 
 
 def _check_run(run: RunDirectory, allow_partial: bool) -> None:
@@ -157,7 +179,8 @@ def load_models(options: ModelOptions) -> Pair:
         raise UserError(
             f"--model {options.model}: a run is here; evaluate it with python -m eval.run {options.model}"
         )
-    remote, dtype = options.trust_remote_code, options.dtype or _default_dtype()
+    remote = warn_of_remote_code(options.trust_remote_code)
+    dtype = options.dtype or _default_dtype()
     adapter = Path(options.model) if (Path(options.model) / ADAPTER).is_file() else None
     student = StudentArguments(
         student_model=options.model if adapter is None else _base_of(adapter),
@@ -242,17 +265,49 @@ def _context_length(source: ModelSource) -> int | None:
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
+    if not (adapter / ADAPTER_WEIGHTS).is_file():  # PEFT would take a pickle, or ask the hub
         raise UserError(
-            f"adapter {adapter}: does not load onto its base model ({first_line(error)})"
-        ) from error
+            f"adapter {adapter}: there is no {ADAPTER_WEIGHTS}, and nothing else is read; {ADAPTER_ADVICE}"
+        )
+    adapter_config(adapter)
+    with reading(str(adapter), "adapter", ADAPTER_ADVICE):
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        lacking = _lacking(adapted, adapter)
+    if lacking:
+        raise UserError(
+            f"adapter {adapter}: its file lacks {lacking[0]} and {len(lacking) - 1} more; {ADAPTER_ADVICE}"
+        )
+    check_sound(str(adapter), adapted)
+    return adapted
+
+
+def _lacking(adapted: PeftModel, adapter: Path) -> list[str]:
+    """Weights of the adapter that its file does not hold: PEFT leaves them as they were made."""
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        return sorted(set(get_peft_model_state_dict(adapted)) - set(tensors.keys()))
+
+
+def adapter_config(adapter: Path) -> dict:
+    """adapter_config.json of a LoRA adapter.
+
+    Raises:
+        UserError: it is damaged, or of another kind of adapter.
+    """
+    path = adapter / ADAPTER
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {ADAPTER_ADVICE}") from error
+    known = isinstance(config, dict) and isinstance(config.get("base_model_name_or_path"), str)
+    if not known or config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: must be of a LoRA adapter and name its base_model_name_or_path; {ADAPTER_ADVICE}"
+        )
+    return config
 
 
 def _base_of(adapter: Path) -> str:
-    config = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))
-    return config["base_model_name_or_path"]
+    return adapter_config(adapter)["base_model_name_or_path"]
 
 
 def _default_dtype() -> str:

@@ -17,7 +17,8 @@ from sentence_transformers import CrossEncoder
 
 from eval.batching import BatchSize
 from medistill_trl.errors import UserError
-from medistill_trl.model_source import ModelSource, resolve, weights_problem
+from medistill_trl.model_checks import reading
+from medistill_trl.model_source import WEIGHTS_ADVICE, ModelSource, resolve
 
 WANTED = ("entailment", "contradiction")
 ADVICE = (
@@ -72,15 +73,13 @@ class CrossEncoderVerifier:
 
     @cached_property
     def _model(self) -> CrossEncoder:
-        try:
+        with reading(self.source, "weights", WEIGHTS_ADVICE):
             return CrossEncoder(
                 self._found.location,
                 revision=self._found.revision,
                 device=str(PartialState().device),
                 model_kwargs={"use_safetensors": True},  # a pickle may run code when it is opened
             ).float()
-        except (OSError, ValueError) as error:
-            raise UserError(weights_problem(self.source, error)) from error
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order; float32."""

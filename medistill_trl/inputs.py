@@ -50,10 +50,17 @@ def load_inputs(arguments: Arguments) -> Loaded:
     _check_context(arguments, student, teacher)
 
     def too_long(prompt: Prompt) -> str | None:
-        for role, form in zip(("student", "teacher"), forms, strict=True):
-            length = len(form.encode(form.render(prompt.question)))
-            if length > d.max_prompt_tokens:
-                return f"the prompt has {length} {role} tokens, more than max_prompt_tokens: {d.max_prompt_tokens}"
+        for role, form, source in zip(
+            ("student", "teacher"), forms, (student, teacher), strict=True
+        ):
+            ids = form.encode(form.render(prompt.question))
+            if not ids:
+                return f"the prompt has no {role} tokens"
+            if len(ids) > d.max_prompt_tokens:
+                return f"the prompt has {len(ids)} {role} tokens, more than max_prompt_tokens: {d.max_prompt_tokens}"
+            if max(ids) >= source.config.vocab_size:
+                token = form.tokenizer.convert_ids_to_tokens(max(ids))
+                return f"the prompt holds {token!r}, for which the {role} has no embedding"
         return None
 
     train_prompts, train_report = read_prompts(

