@@ -32,6 +32,11 @@ from medistill_trl.teacher import Sampling
 logger = logging.getLogger(__name__)
 
 FILES = ["fidelitybench_med.jsonl"]
+COLUMNS = {
+    "question": str,
+    "evidence": [{"text": str}],
+    "claims": [{"text": str, "label": str}],
+}
 INSTRUCTION = (
     "Answer the question below in two to four sentences. Use only the numbered evidence, and end each sentence "
     "with the numbers of the passages it rests on, such as [1] or [1][2]."
@@ -45,7 +50,7 @@ NO_VERIFIER = (
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Both models on the same prompts; see `docs/evaluation.md` for the result's keys."""
-    rows = read_rows(data / FILES[0], options.limit)
+    rows = read_rows(data / FILES[0], options.limit, COLUMNS)
     verifier = None
     if options.verifier is not None:
         verifier = CrossEncoderVerifier(options.verifier, options.batch_size)

@@ -30,13 +30,14 @@ from medistill_trl.teacher import completion_log_probs
 from medistill_trl.vocabulary import shared_vocabulary
 
 FILES = ["medppl_10k.jsonl"]
+COLUMNS = {"text": str}
 LONGEST_DEFAULT_WINDOW = 2048
 DOCUMENTS_PER_CHUNK = 64  # so many are encoded at a time, and lost if the evaluation is killed
 
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Both models on the same documents; see `docs/evaluation.md` for the result's keys."""
-    documents = read_rows(data / FILES[0], options.limit)
+    documents = read_rows(data / FILES[0], options.limit, COLUMNS)
     documents = [{"id": row["id"], "text": row["text"]} for row in documents]
     window = options.window or default_window(pair)
     stride = options.stride or max(1, window // 2)
