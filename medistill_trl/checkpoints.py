@@ -133,15 +133,19 @@ def problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None if it can."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
     except FileNotFoundError:
         return "it was never finished (no manifest)"
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "its manifest cannot be read"
-    for name, expected in content.items():
+    held = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    if added := sorted(held - expected.keys() - {MANIFEST}):
+        return f"{added[0]} was put there after it was saved"
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != digest:
             return f"{name} has changed since it was saved"
     return None
 

@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS completions (
 """
 DEFAULT_BATCH_SIZE = 16
 LOCK_POLL_SECONDS = 1.0
+LARGEST_ID = 2**31  # no vocabulary has so many tokens
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class CompletionStore:
             with self._database:
                 self._database.execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"completion store {self.path}: {error}; move the file away or set completion_store to "
-                "another path"
-            ) from error
+            raise self._broken(error) from error
 
     def __len__(self) -> int:
         return self._database.execute("SELECT count(*) FROM completions").fetchone()[0]
@@ -102,13 +100,21 @@ class CompletionStore:
             for prompt in prompts
         ]
         state = PartialState()
-        with self._turn(state):
-            missing = self._missing(request for group in requests for request in group)
-            state.wait_for_everyone()  # all have read the same store before anyone writes to it
-            share = missing[state.process_index :: state.num_processes]
-            self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
-            state.wait_for_everyone()
-        return [[self._get(request) for request in group] for group in requests]
+        try:
+            with self._turn(state):
+                missing = self._missing(request for group in requests for request in group)
+                state.wait_for_everyone()  # all have read the same store before anyone writes to it
+                share = missing[state.process_index :: state.num_processes]
+                self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
+                state.wait_for_everyone()
+            return [[self._get(request) for request in group] for group in requests]
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+
+    def _broken(self, why: object) -> UserError:
+        return UserError(
+            f"completion store {self.path}: {why}; move the file away or set completion_store to another path"
+        )
 
     @contextlib.contextmanager
     def _turn(self, state: PartialState) -> Iterator[None]:
@@ -179,11 +185,26 @@ class CompletionStore:
             )
 
     def _get(self, request: Request) -> Completion:
-        text, token_ids, finished, end_id = self._database.execute(
+        row = self._database.execute(
             "SELECT text, token_ids, finished, end_id FROM completions WHERE key = ?",
             (request.key,),
         ).fetchone()
-        return Completion(text, json.loads(token_ids), bool(finished), end_id)
+        try:
+            text, token_ids, finished, end_id = row
+            completion = Completion(text, json.loads(token_ids), bool(finished), end_id)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._broken(f"the completion {request.key[:12]} is damaged ({error})") from error
+        if not _is_whole(completion):
+            raise self._broken(f"the completion {request.key[:12]} is damaged")
+        return completion
+
+
+def _is_whole(completion: Completion) -> bool:
+    """Whether it has the types it was stored with."""
+    ids = completion.token_ids if isinstance(completion.token_ids, list) else [None]
+    ends = [] if completion.end_id is None else [completion.end_id]
+    whole = all(type(id) is int and 0 <= id < LARGEST_ID for id in (*ids, *ends))
+    return whole and isinstance(completion.text, str)
 
 
 def _batches(requests: list[Request], size: int) -> list[list[Request]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from medistill_trl.errors import UserError
+from medistill_trl.errors import UserError, first_line
 
 PR_SET_PDEATHSIG = 1
 # Loaded here: a child between fork and exec had better not.
@@ -110,7 +110,7 @@ def read_request(arguments: list[str]) -> Request:
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             options[key] = value if separator else following
     path = Path(options.get("config_file", default_config_file))
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_config(path) if path.is_file() else {}
     count = options.get("num_processes", config.get("num_processes"))
     engine = str(config.get("distributed_type", ""))
     for option, name in (("use_deepspeed", "DEEPSPEED"), ("use_fsdp", "FSDP")):
@@ -120,6 +120,23 @@ def read_request(arguments: list[str]) -> Request:
         engine=engine if engine in ("DEEPSPEED", "FSDP") else None,
         use_cpu="cpu" in options or bool(config.get("use_cpu")),
     )
+
+
+def read_config(path: Path) -> dict:
+    """A config file of accelerate.
+
+    Raises:
+        UserError: it is no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config_file {path}: cannot be read ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config_file {path}: must hold `key: value` lines, as those of accelerate_configs do"
+        )
+    return content
 
 
 def check_processes(asked: Request, num_processes: int, engine: str) -> None:

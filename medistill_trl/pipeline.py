@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle  # nosec B403: only its error
 
 import torch
 from accelerate import PartialState
@@ -19,7 +20,7 @@ from medistill_trl.checkpoints import (
     resume_in_same_dtypes,
 )
 from medistill_trl.dry_run import print_plan
-from medistill_trl.errors import RunFailed, UserError
+from medistill_trl.errors import RunFailed, UserError, first_line
 from medistill_trl.guards import FiniteGuard
 from medistill_trl.heldout import HeldoutCallback
 from medistill_trl.inputs import Loaded, identity, load_inputs, load_models
@@ -174,7 +175,15 @@ def train(trainer: Trainer, totals: Totals, directory: RunDirectory, resume: boo
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (
+        pickle.UnpicklingError
+    ) as error:  # torch reads tensors and plain values, and runs no code
+        raise UserError(
+            f"{checkpoint}: holds what training never saved ({first_line(error)}), and nothing of it was run; do not "
+            "trust this folder: remove the checkpoint and resume from the one before it"
+        ) from error
     totals.lap()
     if trainer.state.global_step < trainer.state.max_steps:
         raise RunFailed(

@@ -42,6 +42,9 @@ def flip_a_bit(folder):
         (flip_a_bit, "adapter_model.safetensors has changed"),
         (lambda f: (f / MANIFEST).unlink(), "never finished"),
         (lambda f: (f / MANIFEST).write_text('{"a": '), "manifest cannot be read"),
+        (lambda f: (f / MANIFEST).write_text('{"a": 1}'), "manifest cannot be read"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "manifest cannot be read"),
+        (lambda f: (f / "more.bin").write_bytes(b"x"), "more.bin was put there after it was saved"),
     ],
 )
 def test_a_damaged_one_is_passed_over_and_named(checkpoints, damage, reason):

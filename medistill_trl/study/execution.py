@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from medistill_trl.errors import RunFailed, UserError
@@ -51,7 +50,7 @@ def make_slots(jobs: int, config_file: str | None) -> list[Slot]:
     """
     cores = sorted(os.sched_getaffinity(0))
     shares = [tuple(cores[n::jobs]) or (cores[n % len(cores)],) for n in range(jobs)]
-    config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
+    config = read_config(Path(config_file)) if config_file else {}
     gpus = [] if config.get("use_cpu") else _gpus()
     if jobs == 1 or not gpus:
         return [Slot(share) for share in shares]
