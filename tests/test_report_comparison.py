@@ -5,9 +5,11 @@ import json
 import pytest
 from chromium import Browser, needs_chromium
 from report_runs import write_comparison, write_evaluation, write_run
+from sealed import read
 
 from eval.report import write_report
 from eval.report.__main__ import main
+from medistill_trl.sealed_json import write_record
 
 CHANCES = {"sft": (0.3, 0.5), "logit_kd": (0.4, 0.5)}
 
@@ -72,7 +74,7 @@ def test_items_have_the_answers_of_all_students(page):
 
 
 def test_runs_are_linked_where_they_have_a_page_and_recipes_compared(page):
-    assert 'href="../sft/results/report.html"' in page
+    assert 'href="./../sft/results/report.html"' in page
     assert "../logit_kd/results/report.html" not in page
     recipes = page[page.index("Where their recipes differ") :]
     assert 'lora_r</th><td class="number"' not in recipes  # values are words
@@ -80,10 +82,10 @@ def test_runs_are_linked_where_they_have_a_page_and_recipes_compared(page):
 
 
 def test_a_moved_study_keeps_its_items_and_one_without_runs_its_tables(study, page, tmp_path):
-    content = json.loads((study / "comparison/comparison.json").read_text())
+    content = read(study / "comparison/comparison.json")
     for configuration in content["configurations"]:
         configuration["runs"] = [f"elsewhere/{configuration['name']}"]
-    (study / "comparison/comparison.json").write_text(json.dumps(content))
+    write_record(study / "comparison/comparison.json", content)
     assert len(items_of(write_report(study).read_text())["sets"]) == 3
     write_comparison(tmp_path, {"sft": tmp_path / "gone", "logit_kd": tmp_path / "too"})
     alone = write_report(tmp_path).read_text()

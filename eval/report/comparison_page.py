@@ -1,9 +1,9 @@
 """The page of a comparison: many runs, from comparison.json and the runs it names."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from eval.report.items import browser
 from eval.report.names import COSTS, FAMILIES
@@ -26,6 +26,8 @@ from eval.report.tables import (
     words,
 )
 from eval.report.verdict import Verdict
+from medistill_trl.run_directory import RECORD, RunDirectory
+from medistill_trl.sealed_json import read_record
 
 RESULT = "comparison.json"
 PICTURES = {
@@ -41,12 +43,9 @@ FEWEST_RANKED = 2
 
 def comparison_page(folder: Path, data: Path | None = None) -> str:
     """HTML from what `python -m eval.compare` left in a folder, and from the runs where they still are."""
-    content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    content = read_record(folder / RESULT, "compare again: python -m eval.compare")
     runs = first_runs(content, folder)
-    records = {
-        name: json.loads((run / "results/run.json").read_text(encoding="utf-8"))
-        for name, run in runs.items()
-    }
+    records = {name: RunDirectory(run).read_result(RECORD) for name, run in runs.items()}
     items = browser({name: run / "results" for name, run in runs.items()}, data)
     sections = [_result(content), _families(content), _differences(content), _cost(content)]
     return render(
@@ -256,7 +255,8 @@ def _runs(content: dict, folder: Path) -> Table:
 def _page_of(run: Path | None, folder: Path) -> str | None:
     if run is None or not (run / "results/report.html").is_file():
         return None
-    return os.path.relpath((run / "results/report.html").resolve(), folder.resolve())
+    place = os.path.relpath((run / "results/report.html").resolve(), folder.resolve())
+    return f"./{quote(place)}"  # a folder may be called javascript:...
 
 
 def _environment(records: dict[str, dict]) -> Table:
