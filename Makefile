@@ -8,12 +8,14 @@ READY := $(VENV)/.ready
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py
 
-.PHONY: help setup demo test test-all reproduce bench lint clean
+.PHONY: help setup demo test test-all torture audit reproduce bench lint clean
 
 help:
 	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (6 to 8 minutes)"
 	@echo "make test      lint and test"
 	@echo "make test-all  the same with the slow proofs"
+	@echo "make torture   thousands of damaged inputs (ten minutes)"
+	@echo "make audit     known vulnerabilities of the packages, and of this code"
 	@echo "make reproduce the report's comparison of SFT and Logit-KD, three seeds (half an hour; may be interrupted)"
 	@echo "make bench     time and memory of a step of Logit-KD, FitNets and attention transfer (half an hour)"
 	@echo "make setup     only the virtual environment .venv"
@@ -45,6 +47,15 @@ test: lint
 
 test-all: lint
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+torture: setup
+	@PYTHONPATH=tests $(BIN)/python -m torture.fuzz
+
+# Fails where the service that knows the vulnerabilities cannot be reached: unchecked is not safe.
+audit: setup
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive medistill_trl eval data_prep recipes
+	@$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 reproduce: setup
 	@$(BIN)/python -m benchmarks.reproduce

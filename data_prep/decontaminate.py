@@ -9,7 +9,7 @@
 4. the same PubMed id.
 """
 
-import pickle
+import pickle  # nosec B403
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -174,7 +174,8 @@ class Guard:
         return pickle.dumps(self.__dict__, pickle.HIGHEST_PROTOCOL)
 
     def __setstate__(self, state: bytes) -> None:
-        self.__dict__.update(pickle.loads(state))
+        # It comes from this process or its parent, by way of a pipe, never from a file
+        self.__dict__.update(pickle.loads(state))  # nosec B301
 
     def _index_questions(self, questions: list[np.ndarray]) -> None:
         texts = [shingles(question) for question in questions]

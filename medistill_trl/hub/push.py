@@ -229,7 +229,8 @@ def _is_same(file: File, entry: RepoFile) -> bool:
         if entry.lfs:
             return hashlib.file_digest(content, "sha256").hexdigest() == entry.lfs.sha256
         data = content.read()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id
+    name = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return name == entry.blob_id
 
 
 # --- what fails --------------------------------------------------------------------------------------
