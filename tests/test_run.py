@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import planted_tokens
 import pytest
 import torch
 from conftest import ROOT, launch, launch_words, run_command, write_tiny_overlay
@@ -48,9 +49,15 @@ def assert_complete(run: Path) -> None:
 def finished(tmp_path_factory, teacher_folder, model_cache):
     folder = tmp_path_factory.mktemp("finished")
     overlay = write_tiny_overlay(folder, teacher_folder)
-    result = launch(SFT, overlay, "--max_steps", 2)
+    result = launch(SFT, overlay, "--max_steps", 2, env=planted_tokens.environment())
     assert result.returncode == 0, result.stderr[-4000:]
     return folder / "run", overlay, result
+
+
+def test_no_token_of_the_user_is_in_what_a_run_writes(finished):
+    _run, overlay, result = finished
+    assert (overlay.parent / "completions.sqlite").is_file()
+    assert planted_tokens.holders(overlay.parent, result.stdout, result.stderr) == []
 
 
 def test_a_run_leaves_the_whole_run_directory(finished):
