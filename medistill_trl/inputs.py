@@ -58,7 +58,7 @@ def load_inputs(arguments: Arguments) -> Loaded:
                 return f"the prompt has no {role} tokens"
             if len(ids) > d.max_prompt_tokens:
                 return f"the prompt has {len(ids)} {role} tokens, more than max_prompt_tokens: {d.max_prompt_tokens}"
-            if max(ids) >= source.config.vocab_size:
+            if max(ids) >= source.num_embeddings:
                 token = form.tokenizer.convert_ids_to_tokens(max(ids))
                 return f"the prompt holds {token!r}, for which the {role} has no embedding"
         return None

@@ -63,6 +63,11 @@ class ModelSource:
     config: PretrainedConfig
     fingerprint: str
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding: token ids beyond them mean nothing to the model."""
+        return self.config.get_text_config().vocab_size
+
 
 def resolve(
     name: str,
@@ -146,9 +151,10 @@ def _load_config(
             config = AutoConfig.from_pretrained(
                 location, revision=revision, trust_remote_code=trust_remote_code
             )
+            rows = config.get_text_config().vocab_size
     except UserError as error:
         raise UserError(_reason(name, location, error)) from error
-    if not isinstance(config.to_dict().get("vocab_size"), int):
+    if type(rows) is not int:
         raise UserError(f"model {name}: its config names no vocab_size, so it is no language model")
     return config
 

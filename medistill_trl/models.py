@@ -55,7 +55,7 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None
 
     Tokens that were added for other uses may lie there; the prompts are looked through for them.
     """
-    rows = source.config.vocab_size
+    rows = source.num_embeddings
     added = tokenizer.get_added_vocab()
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
     needed = [
@@ -86,7 +86,7 @@ def _other_special_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource
     for token in candidates:
         if token is None or token == tokenizer.eos_token:
             continue
-        if tokenizer.convert_tokens_to_ids(token) < source.config.vocab_size:
+        if tokenizer.convert_tokens_to_ids(token) < source.num_embeddings:
             return token
     raise UserError(
         f"model {source.name}: its tokenizer has no special token but EOS to pad with; add one there"

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from eval import subjects
@@ -88,6 +88,14 @@ def test_a_damaged_model_is_refused(folder, damage, reason):
     with pytest.raises(UserError, match=reason) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_a_head_that_is_the_embedding_is_not_missing(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load(tmp_path)
 
 
 def test_a_broken_4bit_model_is_seen_by_what_it_says(folder):
