@@ -96,6 +96,13 @@ def check_sound(name: str, model: PreTrainedModel) -> None:
     Raises:
         UserError: naming the weight, or what the model makes of a token.
     """
+    shipped = model.generation_config.eos_token_id
+    ends = shipped if isinstance(shipped, list) else [shipped]
+    if any(type(end) not in (int, type(None)) for end in ends):
+        raise UserError(
+            f"model {name}: its generation_config.json names {shipped!r} as the end of a text, which is no token id; "
+            "mend it, or download the model again"
+        )
     whole = True
     for key, weight in model.named_parameters():
         if weight.is_meta or weight.numel() == 0:

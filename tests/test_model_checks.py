@@ -70,6 +70,10 @@ DAMAGE = {
     "heads that do not divide": (lambda f: change_config(f, num_attention_heads=5), "cannot be loaded"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config cannot be loaded"),
     "a config of a list": (lambda f: (f / "config.json").write_text("[]"), "config cannot be loaded"),
+    "an end that is no token": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}'),
+        "which is no token id",
+    ),
     "a tokenizer that is no JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         r"tokenizer cannot be loaded",

@@ -172,7 +172,7 @@ def _put_card(run: RunDirectory, selection: Selection) -> None:
     evaluation = card.read_evaluation(run, record)
     path = run.final_model / card.CARD_NAME
     written = str(card.model_card(record))
-    if path.is_file() and path.read_text(encoding="utf-8") != written:
+    if path.is_file() and _text(path) != written:
         selection.notes.append(
             f"{path} is not as training wrote it and is pushed as it is; remove it to have it written anew"
         )
@@ -184,6 +184,15 @@ def _put_card(run: RunDirectory, selection: Selection) -> None:
     content = str(card.model_card(record, evaluation)).encode()
     others = [file for file in selection.files if file.name != card.CARD_NAME]
     selection.files = sorted([*others, File(card.CARD_NAME, content)], key=lambda file: file.name)
+
+
+def _text(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{card}: not UTF-8 text (byte {error.start}), so nothing is pushed; remove it to have it written anew"
+        ) from error
 
 
 def _note_local_base(run: RunDirectory, selection: Selection) -> None:
