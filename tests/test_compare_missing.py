@@ -5,6 +5,7 @@ import json
 import pytest
 from comparisons import KL, compare, content_of, refused
 from run_folders import edit, write_json, write_run
+from sealed import seal
 
 from eval.comparison.tables import document
 from medistill_trl.errors import UserError
@@ -54,6 +55,8 @@ def test_other_held_out_prompts_are_refused(tmp_path, capsys):
     runs = [write_run(tmp_path / m, m, evaluated=False, prompts=5) for m in ("sft", "ppo")]
     path = runs[1] / "results/items/heldout.jsonl"
     path.write_text(path.read_text().replace('"v3"', '"other"'))
+    assert "heldout.jsonl: damaged, or not written with the result" in refused(capsys, *runs)
+    seal(runs[1])
     assert "heldout.kl_nats: item v3" in refused(capsys, *runs)
 
 

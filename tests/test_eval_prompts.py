@@ -79,9 +79,10 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [({"answer": 4}, "no option 4"), ({"options": None}, "no options")]
+    ("change", "problem"),
+    [({"answer": 4}, "row t1 has no option 4"), ({"options": None}, ":1: the row has no options")],
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path, change, problem):
     row = {key: value for key, value in (ROW | change).items() if value is not None}
-    with pytest.raises(UserError, match=f"row t1 has {problem}"):
+    with pytest.raises(UserError, match=problem):
         load_benchmarks(small_data(tmp_path, "medqa", row, EXAMPLE), Options())

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from medistill_trl.errors import RunFailed, UserError
 from medistill_trl.hub import card, files
 from medistill_trl.hub import push as pushing
+from medistill_trl.sealed_json import write_record
 
 # huggingface_hub's own upload, not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -351,6 +352,9 @@ def test_a_card_edited_by_hand_is_kept(hub, run):
     assert any("is pushed as it is" in note for note in pushing.plan(run).notes)
     push(hub, run)
     assert hub.repositories[REPO].files()["README.md"] == path.read_bytes()
+    path.write_bytes(b"# A card\xe8 that was damaged")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        pushing.plan(run)
 
 
 def test_the_restriction_is_told_before_a_push(run):

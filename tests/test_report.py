@@ -8,7 +8,15 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import ATTACK, write_attacking_run, write_evaluation, write_json, write_run
+from report_runs import (
+    ATTACK,
+    write_attacking_run,
+    write_evaluation,
+    write_json,
+    write_lines,
+    write_run,
+)
+from sealed import seal
 
 from eval.report import write_report
 from eval.report.__main__ import main

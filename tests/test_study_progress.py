@@ -9,6 +9,7 @@ from conftest import ROOT, run_command
 from study_files import PLAIN, expand, write
 
 from medistill_trl.errors import UserError
+from medistill_trl.sealed_json import write_record
 from medistill_trl.study import definition, execution, grid, progress
 from medistill_trl.study.definition import Budget
 from medistill_trl.study.record import StudyRecord
@@ -28,7 +29,7 @@ def start(run):
     (run.directory / "recipe.yaml").write_text(run.recipe.to_yaml())
     train = run.recipe.values["train_file"]
     inputs = {f"sha256 of {train}": progress._sha256(train)}
-    (run.directory / "inputs.json").write_text(json.dumps(inputs))
+    write_record(run.directory / "inputs.json", inputs)
 
 
 def test_a_started_run_whose_recipe_changed_is_refused(tmp_path):

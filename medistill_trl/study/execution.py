@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medistill_trl.errors import RunFailed, UserError
-from medistill_trl.launch import die_with_parent
+from medistill_trl.launch import die_with_parent, read_config
 from medistill_trl.locks import try_lock
 from medistill_trl.study import progress
 from medistill_trl.study.commands import as_typed, commands, executable
