@@ -20,3 +20,32 @@ class RunFailed(UserError):
     """Training itself went wrong or was stopped; what was saved is intact."""
 
     exit_code = 1
+
+
+class Interrupted(RunFailed):
+    """A signal ended the work; the exit code is the one a shell gives.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+        self.exit_code = 128 + number
+
+
+class NonFinite(RunFailed):
+    """A number is NaN or infinite.
+
+    Args:
+        rows: What it came from, JSON-able, for a reader to look at.
+    """
+
+    def __init__(self, message: str, rows: list[dict]):
+        super().__init__(message)
+        self.rows = rows
+
+
+class StartAgain(RunFailed):
+    """What the run needs was changed and recorded: started again, it goes on."""

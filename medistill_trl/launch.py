@@ -16,9 +16,14 @@ from pathlib import Path
 import psutil
 import yaml
 
-from medistill_trl.errors import UserError, first_line
+from medistill_trl.errors import Interrupted, RunFailed, StartAgain, UserError, first_line
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The kernel's word that the launcher is gone. A signal of its own: one that stops launcher and run alike
+# reaches the run first by itself and then by the launcher's death, and a second SIGTERM would mean haste.
+LAUNCHER_DIED = signal.SIGUSR2
+_PARENT = os.getppid()
 # Loaded here: a child between fork and exec had better not.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -45,7 +50,27 @@ def die_with_launcher() -> None:
     Not done under a plain `python recipes/run.py`, which may rightly outlive its shell.
     """
     if launcher() is not None and sys.platform == "linux":
-        _set_parent_death_signal(signal.SIGTERM)
+        _set_parent_death_signal(LAUNCHER_DIED)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Those that stop a run. One that is ignored stays so: under nohup the terminal may close."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def end_on_signals() -> None:
+    """Let a signal end this process at once, with a message; before and after training there is nothing to
+    save that a kill would lose."""
+    process = os.getpid()
+
+    def end(number: int, frame) -> None:
+        if os.getpid() != process:  # a data loader's worker has inherited this
+            os._exit(128 + number)
+        name = signal.Signals(number).name
+        leave(Interrupted(f"stopped by {name} outside of training; continue with --resume", number))
+
+    for number in heeded_signals():
+        signal.signal(number, end)
 
 
 def die_with_parent() -> None:
@@ -60,17 +85,61 @@ def leave(error: UserError) -> None:
     The launcher is stopped first: left to itself it raises CalledProcessError over the message. With
     several processes the main one speaks, and another one only if it alone has failed.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    interrupted = isinstance(error, Interrupted)
     if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(LAUNCHER_DIED, signal.SIG_DFL)
+        if interrupted or _outlives_launcher():
+            os._exit(error.exit_code)
         time.sleep(3)
     print(f"\nmedistill_trl: {error}\n", file=sys.stderr, flush=True)
     found = launcher()
     if found is not None:
         if sys.platform == "linux":
             _set_parent_death_signal(0)
-        found[0].send_signal(signal.SIGUSR1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # torch's agent, which stands between several processes, turns SIGTERM into a traceback.
+        found[0].send_signal(error.number if interrupted and not several else signal.SIGUSR1)
+    if several or interrupted:
+        sys.stdout.flush()
         os._exit(error.exit_code)  # a live process group would abort a normal exit
     sys.exit(error.exit_code)
+
+
+def start_again(error: StartAgain, resumed: bool) -> None:
+    """Replace this process by a new one that resumes the run: nothing else gives back all its memory.
+
+    Several processes are started again by torch's agent, if it may: `accelerate launch --max_restarts N`.
+
+    Args:
+        resumed: --resume was given already.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        allowed, done = (
+            int(os.environ[f"TORCHELASTIC_{n}"]) for n in ("MAX_RESTARTS", "RESTART_COUNT")
+        )
+        if done >= allowed:
+            leave(
+                RunFailed(
+                    f"{error}. Continue with --resume, or let accelerate do so: --max_restarts 3"
+                )
+            )
+        print(f"\nmedistill_trl: {error}\n", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    print(f"\nmedistill_trl: {error}; starting again\n", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    for child in psutil.Process().children(recursive=True):  # data loaders
+        child.kill()
+    words = [sys.executable, *sys.orig_argv[1:], *([] if resumed else ["--resume"])]
+    os.execv(words[0], words)
+
+
+def restarted() -> bool:
+    """Has torch's agent started this process again after another one had failed?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _outlives_launcher() -> bool:
+    return os.getppid() != _PARENT
 
 
 def _set_parent_death_signal(number: int) -> None:
