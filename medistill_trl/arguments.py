@@ -187,6 +187,8 @@ class RunArguments:
         "heldout_prompts": {"min": 1},
         "max_completion_tokens": {"min": 1},
         "max_seconds": {"above": 0},
+        "divergence_window": {"min": 1},
+        "divergence_factor": {"above": 1},
     }
 
     method: str = field(metadata={"help": "Name of a module in medistill_trl/methods."})
@@ -211,6 +213,23 @@ class RunArguments:
             "counted; max_steps ends it too, and the learning rate follows that."
         },
     )
+    divergence_action: str = field(
+        default="warn",
+        metadata={
+            "help": "Once loss, KL or reward has gone far from the best it was: warn, stop the run, or none.",
+            "choices": ["warn", "stop", "none"],
+        },
+    )
+    divergence_window: int = field(
+        default=10, metadata={"help": "Logs over whose mean a number is judged."}
+    )
+    divergence_factor: float = field(
+        default=3.0,
+        metadata={
+            "help": "How far is far: so many times the lowest loss or KL; of a reward, so many standard deviations "
+            "below the highest."
+        },
+    )
     resume: bool = field(
         default=False,
         metadata={"help": "Continue the run in `output_dir` from its newest checkpoint."},
@@ -225,6 +244,8 @@ class RunArguments:
 
 SHARED = (RunArguments, StudentArguments, TeacherArguments, DataArguments)
 TRANSIENT = ("resume", "dry_run")  # how this launch behaves, not what the run is
+# A resumed run may change them: its numbers do not depend on them.
+FREE_ON_RESUME = ("output_dir", "divergence_action", "divergence_window", "divergence_factor")
 
 
 # --- shared by several methods, whose configs inherit them

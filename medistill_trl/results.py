@@ -9,6 +9,7 @@ from transformers import Trainer
 from medistill_trl import run_record
 from medistill_trl.hub.card import write_model_card
 from medistill_trl.inputs import Loaded
+from medistill_trl.out_of_memory import Changes
 from medistill_trl.recipe import Recipe
 from medistill_trl.run_directory import HELDOUT, RECORD, RunDirectory
 from medistill_trl.setting import Setting
@@ -69,6 +70,7 @@ def write_results(
         data={"files": [asdict(report) for report in loaded.reports]},
         models={"teacher": setting.teacher.identity, "student": loaded.student.fingerprint},
         log_history=trainer.state.log_history,
+        out_of_memory=Changes.of(directory).history,
     )
     logger.info("held out, after training:  %s", describe(after))
     if not PartialState().is_main_process:

@@ -170,6 +170,22 @@ def training_batch(
     return {name: pad_sequence(columns[name], True, padding[name]) for name in columns}
 
 
+def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """A batch of `training_batch` as several of equal size.
+
+    Args:
+        batch: Columns (B, L), and columns (N,) of a number for each completion token that is learnt.
+        parts: They divide B.
+    """
+    labels_BL = batch["labels"]
+    tokens = [int((part[:, 1:] != IGNORED).sum()) for part in labels_BL.chunk(parts)]
+    columns = {
+        name: tensor.chunk(parts) if tensor.dim() == 2 else tensor.split(tokens)
+        for name, tensor in batch.items()
+    }
+    return [{name: column[n] for name, column in columns.items()} for n in range(parts)]
+
+
 def summary(
     samples: Sequence[Sample],
     scores_B: torch.Tensor,

@@ -9,12 +9,16 @@ tensorboard/, wandb/      only of a tracker that `report_to` names
 COMPLETE                  written last; without it the run does not count as finished
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from medistill_trl import sealed_json
+from medistill_trl.arguments import FREE_ON_RESUME
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
+from medistill_trl.locks import try_lock
 from medistill_trl.recipe import Recipe, read_saved
 from medistill_trl.recipe_reading import parse_value
 
@@ -90,7 +94,7 @@ class RunDirectory:
     def _check_same_recipe(self, recipe: Recipe) -> None:
         saved = read_saved(self.recipe)
         now = parse_value(recipe.to_yaml())
-        ignored = {"output_dir": None}
+        ignored = dict.fromkeys(FREE_ON_RESUME)
         self._refuse_changes("the recipe differs", saved | ignored, now | ignored)
 
     def _refuse_changes(self, what: str, saved: dict, now: dict) -> None:
@@ -119,11 +123,19 @@ class RunDirectory:
         sealed_json.write_record(self.inputs, inputs)
         write_text(self.recipe, HEADER + recipe.to_yaml())
 
-    def checkpoint_to_resume(self) -> tuple[Path | None, list[str]]:
-        # Imported here: it loads torch, and looking at a run does not need it.
-        from medistill_trl.checkpoints import newest_valid
+    def lock(self) -> IO:
+        """Keep every other launch out of the folder, which is made; the kernel lets go when the process ends.
 
-        return newest_valid(self.checkpoints)
+        Raises:
+            UserError: another launch is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / ".lock").open("w")
+        if not try_lock(lock):
+            raise UserError(
+                f"{self.path}: another process is at work on this run; wait for it, or choose another --run_name"
+            )
+        return lock
 
     def mark_complete(self) -> None:
         write_text(self.complete, "training, final model and results are all written\n")
@@ -141,6 +153,10 @@ class RunDirectory:
 
     def read_inputs(self) -> dict:
         return sealed_json.read_record(self.inputs, f"{REMEDY} ({self.path})")
+
+    def write(self, name: str, content: dict) -> None:
+        """A file that belongs to the run, not to its results."""
+        write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def read_result(self, name: str) -> dict:
         """A result in results/.

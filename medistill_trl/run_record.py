@@ -104,6 +104,7 @@ def build(
     data: dict,
     models: dict,
     log_history: list[dict],
+    out_of_memory: list[dict],
 ) -> dict:
     """The record of a finished run.
 
@@ -115,6 +116,7 @@ def build(
         data: Reports of the prompt files.
         models: Which exact weights teacher and student are.
         log_history: The trainer's log.
+        out_of_memory: What running out of memory has changed, see `out_of_memory.Changes`.
     """
     counts = asdict(totals)
     seconds, drawing = counts.pop("seconds"), counts.pop("seconds_drawing")
@@ -133,5 +135,6 @@ def build(
         "models": models,
         "data": data,
         "heldout": heldout,
+        "out_of_memory": out_of_memory,
         "log_history": log_history,
     }

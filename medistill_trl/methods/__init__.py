@@ -46,6 +46,7 @@ class Method:
         example: From the method's config and a prompt to what the teacher is asked, and what the student
             would learn if the teacher wrote the reference; for the dry run.
         learns: What the student trains on, in a few words for the dry run.
+        loss_falls: Whether a loss that rises means that training goes wrong; the divergence watch asks.
         check: Refuses, with a `UserError`, what the recipe asks of this pair and cannot be; before any
             weights are loaded, in a dry run too.
         across_tokenizers: A white-box method that can compare models of different tokenizers too, over
@@ -60,6 +61,7 @@ class Method:
     loss_memory: "LossMemory | None" = None
     example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
     learns: str = "what the teacher writes; here the reference stands in for it"
+    loss_falls: bool = True
     check: "Callable[[Arguments, Loaded], None]" = _any_pair
     across_tokenizers: bool = False
 

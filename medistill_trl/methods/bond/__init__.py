@@ -168,6 +168,7 @@ METHOD = Method(
     build=build,
     paper="arXiv 2407.14622",
     loss_memory=anchored_policy_memory,
+    loss_falls=False,
     check=check,
     learns="its own samples, by how the teacher ranks them; here the reference stands in for one",
 )

@@ -162,6 +162,7 @@ METHOD = Method(
     build=build,
     paper="arXiv 2306.08543",
     loss_memory=policy_memory,
+    loss_falls=False,
     check=check,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

@@ -24,6 +24,7 @@ from medistill_trl.rollouts import (
     PromptSampler,
     Sample,
     encode_sample,
+    split_batch,
     summary,
     training_batch,
     write_samples,
@@ -265,4 +266,10 @@ class OnPolicyTrainer(GRPOTrainer):
             # Several CPU processes have devices such as cpu:0, which torch.load does not know.
             kept = torch.load(path, map_location="cpu", weights_only=True)
             device = self.args.device
-            self._window = [{name: t.to(device) for name, t in batch.items()} for batch in kept]
+            # Smaller micro-batches since then, see `out_of_memory`.
+            parts = self.args.gradient_accumulation_steps // len(kept)
+            self._window = [
+                {name: t.to(device) for name, t in part.items()}
+                for batch in kept
+                for part in split_batch(batch, parts)
+            ]

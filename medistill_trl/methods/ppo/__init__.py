@@ -214,6 +214,7 @@ METHOD = Method(
     build=build,
     paper="arXiv 1707.06347",
     loss_memory=rollout_memory,
+    loss_falls=False,
     check=check,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

@@ -150,6 +150,7 @@ def build(setting: Setting) -> SpinTrainer:
         sampling=Sampling(new_tokens, args.generation_temperature),
         totals=setting.totals,
         directory=setting.run_directory,
+        write_batch_size=setting.arguments.teacher.teacher_batch_size,
     )
 
 
@@ -183,4 +184,5 @@ METHOD = Method(
     build=build,
     paper="arXiv 2401.01335",
     loss_memory=preference_memory,
+    loss_falls=False,
 )

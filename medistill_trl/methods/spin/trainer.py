@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,7 @@ class SpinTrainer(DPOTrainer):
         sampling: How the student writes y⁻.
         totals: Where tokens are counted.
         directory: Where rounds and records are kept.
+        write_batch_size: Prompts per generation at most, whatever `generation_batch_size` says; None for no limit.
     """
 
     _name = "SPIN"
@@ -61,6 +63,7 @@ class SpinTrainer(DPOTrainer):
         sampling: Sampling,
         totals: Totals,
         directory: RunDirectory,
+        write_batch_size: int | None = None,
         **kwargs,
     ):
         wanted = kwargs["args"].reference == "previous"
@@ -83,6 +86,7 @@ class SpinTrainer(DPOTrainer):
         self.sampling = sampling
         self.totals = totals
         self.directory = directory
+        self.write_batch_size = write_batch_size
         # compute_loss divides by the window's pairs itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         self._collate = DataCollatorForPreference(form.tokenizer.pad_token_id)
@@ -204,7 +208,7 @@ class SpinTrainer(DPOTrainer):
         """Let the student answer every prompt, going on from what an earlier launch has written."""
         student = self.accelerator.unwrap_model(self.model)
         file = self._round_file(number, [p for p in student.parameters() if p.requires_grad])
-        size = self.args.generation_batch_size
+        size = min(self.args.generation_batch_size, self.write_batch_size or sys.maxsize)
         # Longest prompt first: like lengths waste little padding, and memory runs out early if at all.
         order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n].question))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
