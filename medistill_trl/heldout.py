@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
+from medistill_trl.guards import require_finite
 from medistill_trl.prompts import PromptFormat, encode_completion
 from medistill_trl.teacher import Completion, Sampling, Teacher, complete, completion_logits
 from medistill_trl.vocabulary import shared_vocabulary
@@ -158,6 +159,7 @@ class HeldoutCheck:
                 f"teacher {self.teacher.identity} wrote nothing on {len(self.prompts)} validation prompts: "
                 "there is nothing to distil; look at its prompt with --dry_run"
             )
+        require_finite(total.kl + total.ce, "the held-out check's KL or cross-entropy")
         result = {
             "kl_nats": total.kl / total.tokens,
             "ce_nats": total.ce / total.tokens,

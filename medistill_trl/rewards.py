@@ -24,7 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from medistill_trl.answer_matching import matches
-from medistill_trl.errors import UserError
+from medistill_trl.errors import NonFinite, UserError
 from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.policy import at_last, span_rewards
 from medistill_trl.prompts import IGNORED, PromptFormat, encode_example
@@ -207,6 +207,9 @@ class TeacherReward:
         Args:
             samples: At least one.
             student_log_probs: log p_S of each completion's tokens, (C,); only token_kl looks at them.
+
+        Raises:
+            NonFinite: a reward is NaN or infinite.
         """
         examples = [self._read(sample) for sample in samples]
         log_probs = completion_log_probs(
@@ -232,7 +235,29 @@ class TeacherReward:
             scores_B = scores_B - charges_B
             rewards_BT = at_last(scores_B, mask_BT)
         aligned = None if self.shared is None and self.tokenizers is None else log_probs
+        self._require_finite(samples, rewards_BT, scores_B)
         return Rewards(self.kind == "token_kl", rewards_BT, scores_B, mask_BT, parts, aligned)
+
+    def _require_finite(self, samples, rewards_BT: torch.Tensor, scores_B: torch.Tensor) -> None:
+        fine_B = rewards_BT.isfinite().all(1) & scores_B.isfinite()
+        if fine_B.all():
+            return
+        bad = (~fine_B).nonzero().flatten().tolist()
+        rows = [
+            {
+                "question": samples[n].question,
+                "completion": samples[n].completion.text,
+                "token_ids": samples[n].token_ids,
+                "reward": str(scores_B[n].item()),
+            }
+            for n in bad
+        ]
+        raise NonFinite(
+            f"the rewards ({self.kind}) of {len(bad)} of {len(samples)} samples are NaN or infinite: the logits of "
+            "the teacher, or for token_kl of the student, are. Check weights and dtypes (float16 overflows, bfloat16 "
+            "does not)",
+            rows,
+        )
 
     def _read(self, sample: Sample) -> dict[str, list[int]]:
         """The completion as the teacher reads it."""

@@ -4,18 +4,26 @@ Shapes: P prompt tokens, C completion tokens, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from medistill_trl.errors import NonFinite
 from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.policy import token_log_probs
 from medistill_trl.losses.token_kl import completion_states
+from medistill_trl.out_of_memory import OutOfMemoryWriting
 from medistill_trl.prompts import IGNORED, PromptFormat
 
 if TYPE_CHECKING:  # it takes seconds to import, and an evaluation has no trainer
@@ -67,6 +75,27 @@ class Completion:
     end_id: int | None = None
 
 
+class _FiniteLogits(LogitsProcessor):
+    """Refuses to go on from NaN or infinite logits: greedy decoding would write on as if nothing were wrong.
+
+    Args:
+        prompts: Of the batch.
+    """
+
+    def __init__(self, prompts: Sequence[str]):
+        self.prompts = prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        fine_B = scores.amax(
+            -1
+        ).isfinite()  # NaN if any is NaN, infinite if any is infinite or all are -inf
+        if fine_B.all():
+            return scores
+        bad = (~fine_B).nonzero().flatten().tolist()
+        rows = [{"prompt": self.prompts[n], "input_ids": input_ids[n].tolist()} for n in bad]
+        raise NonFinite("logits are not finite", rows)
+
+
 @torch.no_grad()
 def complete(
     model: PreTrainedModel,
@@ -85,6 +114,10 @@ def complete(
         form: The model's prompt format, whose tokenizer encodes and decodes.
         prompts: Rendered prompts.
         seed: Of the draw, when sampling.
+
+    Raises:
+        NonFinite: the model's logits are NaN or infinite.
+        OutOfMemoryWriting: there are too many prompts.
     """
     tokenizer = form.tokenizer
     encoded = tokenizer.pad(
@@ -95,7 +128,7 @@ def complete(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _explained(model, prompts):
         torch.manual_seed(seed)
         sequences = model.generate(
             **encoded,
@@ -103,11 +136,28 @@ def complete(
             use_cache=True,  # the training config switches it off
             stop_strings=form.stop_strings or None,
             tokenizer=tokenizer,
+            logits_processor=LogitsProcessorList([_FiniteLogits(prompts)]),
         )
     model.train(was_training)
     ends = set(model.generation_config.eos_token_id)
     prompt_length = encoded["input_ids"].shape[1]
     return [_cut(ids, ends, form) for ids in sequences[:, prompt_length:].tolist()]
+
+
+@contextmanager
+def _explained(model: PreTrainedModel, prompts: Sequence[str]) -> Iterator[None]:
+    """What goes wrong while a model writes, with the model's name and the number of prompts."""
+    try:
+        yield
+    except NonFinite as error:
+        raise NonFinite(
+            f"{model.name_or_path or model.config.model_type}: the logits it writes from are NaN or infinite, on "
+            f"{len(error.rows)} of {len(prompts)} prompts. Check its weights and its dtype (float16 overflows, "
+            "bfloat16 does not)",
+            error.rows,
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryWriting(str(error), len(prompts)) from error
 
 
 def _cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
