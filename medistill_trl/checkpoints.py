@@ -5,6 +5,7 @@ inside, and silently continues on another path where optimizer or RNG state is m
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from medistill_trl.files import write_text
 
 MANIFEST = "manifest.json"
+ASIDE = "invalid"  # folder of checkpoints that cannot be trusted
 TOTALS = "totals.json"
 
 
@@ -150,15 +152,41 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and one line for each newer one passed over."""
-    passed_over = []
+def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose manifest holds, and why each newer one is passed over."""
+    passed_over = {}
     for checkpoint in sorted(_numbered(folder), key=lambda path: -_number(path)):
         reason = problem(checkpoint)
         if reason is None:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint}: not used: {reason}")
+        passed_over[checkpoint] = reason
     return None, passed_over
+
+
+def choose(folder: Path) -> tuple[Path | None, list[str]]:
+    """`newest_valid`, with those passed over moved to `folder/invalid`: left in place they would count as the newest
+    when older checkpoints are removed. Every process gets the main one's choice.
+
+    Returns:
+        The checkpoint, and one line for each that was moved.
+    """
+    found = None
+    if PartialState().is_main_process:
+        checkpoint, passed_over = newest_valid(folder)
+        lines = [
+            f"{path}: not used: {reason}; kept as {_set_aside(path)}"
+            for path, reason in passed_over.items()
+        ]
+        found = checkpoint, lines
+    return broadcast_object_list([found])[0]
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / ASIDE
+    folder.mkdir(exist_ok=True)
+    names = (f"{checkpoint.name}{f'.{n}' if n else ''}" for n in itertools.count())
+    target = next(folder / name for name in names if not (folder / name).exists())
+    return checkpoint.rename(target)
 
 
 def load_totals(checkpoint: Path) -> Totals:

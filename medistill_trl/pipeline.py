@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle  # nosec B403: only its error
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -10,18 +12,20 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
-from medistill_trl import console, launch, methods, trackers
+from medistill_trl import console, launch, methods, out_of_memory, trackers
 from medistill_trl.arguments import SHARED
 from medistill_trl.budget import BudgetCallback
 from medistill_trl.checkpoints import (
     CheckpointCallback,
     Totals,
+    choose,
     load_totals,
     resume_in_same_dtypes,
 )
+from medistill_trl.divergence import DivergenceWatch
 from medistill_trl.dry_run import print_plan
-from medistill_trl.errors import RunFailed, UserError, first_line
-from medistill_trl.guards import FiniteGuard
+from medistill_trl.errors import Interrupted, RunFailed, UserError, first_line
+from medistill_trl.guards import FiniteGuard, kept_for_a_look
 from medistill_trl.heldout import HeldoutCallback
 from medistill_trl.inputs import Loaded, identity, load_inputs, load_models
 from medistill_trl.methods import Method
@@ -29,6 +33,7 @@ from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.setting import Arguments, Setting
+from medistill_trl.stopping import StopCallback, StopRequest
 from medistill_trl.token_bytes import TokenBytes
 from medistill_trl.vocabulary import require_shared_vocabulary, shared_vocabulary
 
@@ -47,6 +52,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
 
     Raises:
         UserError: what the user can mend, before or during training.
+        StartAgain: it was too large for the memory, and will be smaller the next time.
     """
     console.quiet_loading_bars()
     method = methods.load(recipe.values["method"])
@@ -68,15 +74,23 @@ def run(recipe: Recipe) -> RunDirectory | None:
         directory.check_same_inputs(inputs)
     training = arguments.training
     trackers.start(training.report_to, training.project, directory.path, state.is_main_process)
-    setting = load_models(arguments, loaded)
-    state.wait_for_everyone()  # nobody starts the folder while another still checks it
-    if state.is_main_process:
-        directory.start(recipe, inputs)
-    state.wait_for_everyone()
-    before = measure_before(setting, directory)
-    trainer = build_trainer(method, setting)
-    train(trainer, setting.totals, directory, arguments.run.resume)
-    write_results(trainer, setting, directory, recipe, loaded, before)
+    with (
+        ExitStack() as held,
+        out_of_memory.recorded(directory, arguments),
+        kept_for_a_look(directory.results),
+    ):
+        setting = load_models(arguments, loaded)
+        state.wait_for_everyone()  # nobody starts the folder while another still checks it
+        if state.is_main_process:
+            held.enter_context(directory.lock())
+            directory.check(recipe)  # once more, now that nobody else can change it
+            directory.start(recipe, inputs)
+        state.wait_for_everyone()
+        before = measure_before(setting, directory)
+        trainer = build_trainer(method, setting)
+        checkpoint = find_checkpoint(directory) if arguments.run.resume else None
+        train(trainer, setting.totals, checkpoint)
+        write_results(trainer, setting, directory, recipe, loaded, before)
     state.wait_for_everyone()
     state.destroy_process_group()  # exiting with it alive aborts the process
     return directory
@@ -123,6 +137,8 @@ def build_arguments(
         "run_name": directory.path.name,  # of all methods side by side, in a tracker
         "output_dir": str(directory.checkpoints),
     }
+    if recipe.values["resume"]:
+        values |= out_of_memory.Changes.of(directory).values
     if use_cpu or not torch.accelerator.is_available():
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
     try:
@@ -147,27 +163,34 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     except (ValueError, ImportError) as error:  # TRL and Transformers judge their own keys
         raise UserError(f"recipe: the {method.name} trainer refuses it: {error}") from error
     resume_in_same_dtypes(trainer)
-    trainer.add_callback(FiniteGuard(trainer))
+    reads_student = setting.heldout.shared is not None
+    trainer.add_callback(FiniteGuard(trainer, setting.teacher.model if reads_student else None))
+    trainer.add_callback(DivergenceWatch(setting.arguments.run, method.loss_falls))
     trainer.add_callback(CheckpointCallback(setting.totals))
     trainer.add_callback(HeldoutCallback(setting.heldout, trainer))
     trainer.add_callback(BudgetCallback(setting.arguments.run, setting.totals))
     return trainer
 
 
-def train(trainer: Trainer, totals: Totals, directory: RunDirectory, resume: bool) -> None:
-    """Train to the end, from the newest valid checkpoint when resuming.
+def find_checkpoint(directory: RunDirectory) -> Path | None:
+    """The newest valid checkpoint; what is invalid is named and moved aside."""
+    checkpoint, passed_over = choose(directory.checkpoints)
+    for line in passed_over:
+        logger.warning("%s", line)
+    logger.info("resuming from %s", checkpoint or "the beginning: no whole checkpoint was saved")
+    return checkpoint
+
+
+def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
+    """Train to the end, or to a signal.
+
+    Args:
+        checkpoint: To go on from.
 
     Raises:
+        Interrupted: a signal came, and a checkpoint was saved.
         RunFailed: training stopped early; no result is written then.
     """
-    checkpoint = None
-    if resume:
-        checkpoint, passed_over = directory.checkpoint_to_resume()
-        for line in passed_over:
-            logger.warning("%s", line)
-        logger.info(
-            "resuming from %s", checkpoint or "the beginning: no whole checkpoint was saved"
-        )
     if checkpoint is not None:
         totals.add(load_totals(checkpoint))
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -175,16 +198,18 @@ def train(trainer: Trainer, totals: Totals, directory: RunDirectory, resume: boo
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (
-        pickle.UnpicklingError
-    ) as error:  # torch reads tensors and plain values, and runs no code
-        raise UserError(
-            f"{checkpoint}: holds what training never saved ({first_line(error)}), and nothing of it was run; do not "
-            "trust this folder: remove the checkpoint and resume from the one before it"
-        ) from error
+    with StopRequest() as request:
+        trainer.add_callback(StopCallback(request))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:  # torch reads tensors and plain values, and runs no code
+            raise UserError(
+                f"{checkpoint}: holds what training never saved ({first_line(error)}), and nothing of it was run; do not "
+                "trust this folder: remove the checkpoint and resume from the one before it"
+            ) from error
     totals.lap()
+    if request.number is not None:  # after the last boundary of a step
+        raise Interrupted("stopped after the last step; continue with --resume", request.number)
     if trainer.state.global_step < trainer.state.max_steps:
         raise RunFailed(
             f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; continue "

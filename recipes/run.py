@@ -9,13 +9,14 @@ training, `--resume` continues an unfinished run.
 import logging
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from medistill_trl import console, launch, recipe
-from medistill_trl.errors import UserError
+from medistill_trl import console, disk, launch, recipe
+from medistill_trl.errors import StartAgain, UserError
 
 
 def main(arguments: list[str]) -> None:
@@ -23,6 +24,9 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     launch.die_with_launcher()
+    launch.end_on_signals()
+    if launch.restarted() and "--resume" not in arguments:
+        arguments = [*arguments, "--resume"]
     try:
         # Before torch is imported: a wrong recipe is refused at once.
         checked = recipe.load(arguments)
@@ -33,15 +37,19 @@ def main(arguments: list[str]) -> None:
 
         from medistill_trl import pipeline
 
-        directory = pipeline.run(checked)
-        if directory is not None and main_process:
-            from eval.plots import training_curves
-            from eval.report import write_report
+        folders = (checked.output_dir, Path(checked.values["completion_store"]).parent)
+        with disk.explained(*folders, how_to_go_on="continue with --resume"):
+            directory = pipeline.run(checked)
+            if directory is not None and main_process:
+                from eval.plots import training_curves
+                from eval.report import write_report
 
-            training_curves(directory)
-            report = write_report(directory.path)
-            directory.mark_complete()
-            print(f"\nfinished: {directory.path}\nreport:   {report}")
+                training_curves(directory)
+                report = write_report(directory.path)
+                directory.mark_complete()
+                print(f"\nfinished: {directory.path}\nreport:   {report}")
+    except StartAgain as error:
+        launch.start_again(error, checked.values["resume"])
     except UserError as error:
         launch.leave(error)
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
-from medistill_trl.errors import RunFailed, UserError
+from medistill_trl.errors import Interrupted, UserError
 from medistill_trl.launch import die_with_parent, read_config
 from medistill_trl.locks import try_lock
 from medistill_trl.study import progress
@@ -25,7 +26,9 @@ from medistill_trl.study.record import StudyRecord, log_of
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
 REFRESH_SECONDS = 2.0
-GRACE_SECONDS = 15.0  # between asking a run to stop and killing it
+GRACE_SECONDS = (
+    60.0  # between asking a run to stop, which takes it a step and a checkpoint, and killing it
+)
 SHOWN_LINES = 12  # of the log of a run that failed
 
 
@@ -128,9 +131,25 @@ class Job:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
+    def is_alive(self) -> bool:
+        """Is the launcher, or a run that has outlived it, still at work?"""
+        if self.process.poll() is None:
+            return True
+        # Not by signal 0: what has ended may wait for a reaper that is not ours.
+        return any(
+            _group(process) == self.process.pid and process.info["status"] != psutil.STATUS_ZOMBIE
+            for process in psutil.process_iter(["status"])
+        )
+
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+
+def _group(process: psutil.Process) -> int | None:
+    with suppress(ProcessLookupError, PermissionError):
+        return os.getpgid(process.pid)
+    return None
 
 
 # --- all of them
@@ -176,7 +195,7 @@ class Executor:
         """Until every run has ended, or a signal comes.
 
         Raises:
-            RunFailed: the study was stopped; its runs are, too.
+            Interrupted: the study was stopped; its runs are, too.
         """
         for run in self.runs:
             if self._commands(run):
@@ -191,8 +210,9 @@ class Executor:
             finally:
                 self._stop_all()
         if self.stop_signal is not None:
-            raise RunFailed(
-                f"stopped by {signal.Signals(self.stop_signal).name}; the same command goes on from here"
+            name = signal.Signals(self.stop_signal).name
+            raise Interrupted(
+                f"stopped by {name}; the same command goes on from here", self.stop_signal
             )
 
     def _commands(self, run: Run) -> list[list[str]]:
@@ -258,9 +278,9 @@ class Executor:
             job.signal(signal.SIGTERM)
         patience = time.monotonic() + GRACE_SECONDS
         for job in list(self.working):
-            with suppress(subprocess.TimeoutExpired):
-                job.process.wait(timeout=max(0.0, patience - time.monotonic()))
-            job.signal(signal.SIGKILL)  # also what the launcher has left
+            while job.is_alive() and time.monotonic() < patience:
+                time.sleep(POLL_SECONDS)
+            job.signal(signal.SIGKILL)
             job.process.wait()
             self._release(job)
             self.record.update(job.run, state="stopped")
