@@ -14,7 +14,8 @@ help:
 	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (6 to 8 minutes)"
 	@echo "make test      lint and test"
 	@echo "make test-all  the same with the slow proofs"
-	@echo "make torture   thousands of damaged inputs (ten minutes)"
+	@echo "make torture   kill every command at random and resume it; fill the disk at every write (SEED=0 KILLS=4);"
+	@echo "               thousands of damaged inputs"
 	@echo "make audit     known vulnerabilities of the packages, and of this code"
 	@echo "make reproduce the report's comparison of SFT and Logit-KD, three seeds (half an hour; may be interrupted)"
 	@echo "make bench     time and memory of a step of Logit-KD, FitNets and attention transfer (half an hour)"
@@ -48,8 +49,10 @@ test: lint
 test-all: lint
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
+# In one process: it forks the runs it kills.
 torture: setup
 	@PYTHONPATH=tests $(BIN)/python -m torture.fuzz
+	@$(BIN)/python -m pytest tests/torture --numprocesses 0 -s
 
 # Fails where the service that knows the vulnerabilities cannot be reached: unchecked is not safe.
 audit: setup

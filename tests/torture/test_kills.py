@@ -1,0 +1,195 @@
+"""Every method, the data build, the evaluation and a study, killed at random and resumed: bit for bit the same.
+
+    make torture [KILLS=4] [SEED=0]
+
+The seeds of the kills are printed; `SEED` repeats them.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, write_tiny_overlay
+from processes import Command, Kills, preload
+
+from medistill_trl import recipe
+
+KILLS = int(os.environ.get("KILLS", "4"))
+SEED = int(os.environ.get("SEED", "0"))
+STEPS = ["--save_steps", "2", "--heldout_prompts", "2", "--eval_strategy", "no"]
+# What makes a resumed run of a method hard: side files, several uses of a sample, dropout, sampling.
+HARD = {
+    "sft": ["--teacher_temperature", "1.0", "--lora_dropout", "0.1"],
+    "logit_kd": ["--lmbda", "0.5", "--lora_dropout", "0.1"],
+    "on_policy": ["--num_iterations", "2"],
+    "ppo": ["--num_ppo_epochs", "2", "--num_mini_batches", "2", "--value_learning_rate", "0.01"],
+    "bond": ["--objective", "jeffreys", "--num_samples", "2", "--anchor_ema", "0.2"],
+    "spin": ["--num_iterations", "2", "--generation_batch_size", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return preload()
+
+
+def digest(folder, *patterns):
+    """Name → sha256 of the files of a folder."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    assert found, f"{folder}: nothing there"
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in found
+        if p.is_file()
+    }
+
+
+def outcome(run):
+    """What two runs of the same recipe have in common, whatever interrupted them."""
+    record = json.loads((run / "results/run.json").read_text())
+    assert (run / "COMPLETE").is_file()
+    return {
+        "weights": digest(run, "final_model/*.safetensors"),
+        "heldout": record["heldout"],
+        "steps": record["steps"],
+        "trained": record["tokens"]["trained"],
+    }
+
+
+def straight(command):
+    """Run it undisturbed; returns its seconds."""
+    start = time.monotonic()
+    assert command.finish() == 0, command.tail()
+    return time.monotonic() - start
+
+
+def torture(name, seed, command, compare, resume=lambda folder: []):
+    """Kill a command `KILLS` times, in as many folders as that takes, and compare each with one that was left alone.
+
+    Args:
+        command: Name of a folder → the command that fills it.
+        compare: Asserts that two folders, by name, hold the same.
+        resume: What to add to a command that was killed.
+    """
+    seconds = straight(command("straight"))
+    kills = Kills(SEED + seed, KILLS)
+    for number in itertools.count():
+        folder = f"killed_{number}"
+        kills.until_finished(command(folder), seconds, lambda folder=folder: resume(folder))
+        compare(folder, "straight")
+        if len(kills.done) == KILLS:
+            break
+    print(f"\n{name}: undisturbed {seconds:.1f} s, {number + 1} runs, {kills}")
+
+
+@pytest.mark.parametrize("method", recipe.methods())
+def test_a_run_killed_at_random_ends_as_the_same_run(
+    method, commands, tmp_path, teacher_folder, model_cache
+):
+    overlay = write_tiny_overlay(tmp_path, teacher_folder)
+    limit = [] if method == "spin" else ["--max_steps", "6"]  # its iterations end it
+
+    def command(name):
+        flags = [*STEPS, *limit, *HARD.get(method, []), "--output_dir", str(tmp_path / name)]
+        flags += ["--completion_store", str(tmp_path / f"{name}.sqlite")]
+        words = [f"recipes/{method}.yaml", str(overlay), *flags]
+        return Command(commands["train"], words, tmp_path / f"{name}.log")
+
+    def compare(killed, straight):
+        assert outcome(tmp_path / killed) == outcome(tmp_path / straight)
+
+    def resume(folder):
+        return ["--resume"] if (tmp_path / folder / "recipe.yaml").exists() else []
+
+    torture(method, recipe.methods().index(method), command, compare, resume)
+
+
+def test_a_data_build_killed_at_random_ends_as_the_same_build(commands, tmp_path):
+    def command(name):
+        words = ["--out", str(tmp_path / name), "--sample", "--jobs", "1"]
+        return Command(commands["build"], words, tmp_path / f"{name}.log")
+
+    def compare(killed, straight):
+        patterns = ("*.jsonl", "*/*.jsonl", "*/*/*.jsonl")
+        assert digest(tmp_path / killed, *patterns) == digest(tmp_path / straight, *patterns)
+        reports = (tmp_path / name / "build_report.json" for name in (killed, straight))
+        one, other = (json.loads(path.read_text())["files"] for path in reports)
+        assert one == other
+
+    torture("data build", 100, command, compare)
+
+
+def test_an_evaluation_killed_at_random_ends_as_the_same_evaluation(
+    commands, tmp_path, teacher_folder, model_cache, sample_build
+):
+    def command(name):
+        words = ["--model", str(teacher_folder), "--data", str(sample_build[0])]
+        words += ["--tasks", "benchmarks", "perplexity", "--limit", "6"]
+        words += ["--out", str(tmp_path / name)]
+        cache = {"MEDISTILL_CACHE": str(tmp_path / f"{name}_cache")}
+        return Command(commands["evaluate"], words, tmp_path / f"{name}.log", cache)
+
+    def compare(killed, straight):
+        items = "results/items/*.jsonl"
+        assert digest(tmp_path / killed, items) == digest(tmp_path / straight, items)
+        files = (f"{name}/results/comprehensive_evaluation.json" for name in (killed, straight))
+        one, other = (json.loads((tmp_path / file).read_text())["results"] for file in files)
+        assert one == other
+
+    torture("evaluation", 101, command, compare)
+
+
+STUDY = {
+    "name": "tiny",
+    "shared": {"save_steps": 2, "eval_strategy": "no", "max_train_samples": 8},
+    "grid": [{"method": ["sft"]}],
+    "seeds": [1],
+    "budget": {"optimizer_steps": 6},
+}
+
+
+def test_a_study_killed_at_random_ends_as_the_same_study(tmp_path, teacher_folder, model_cache):
+    """Real commands all the way down: the study alone is killed, and its runs must die with it."""
+    overlay = write_tiny_overlay(tmp_path, teacher_folder)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+
+    def start(name):
+        words = ["-m", "medistill_trl.study", tmp_path / "study.yaml", overlay]
+        words += ["--out", tmp_path / name, "--config_file", "accelerate_configs/cpu.yaml"]
+        log = (tmp_path / f"{name}.log").open("a")
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    begun = time.monotonic()
+    assert start("straight").wait(600) == 0
+    seconds = time.monotonic() - begun
+    draw = random.Random(SEED + 102)
+    for _ in range(max(1, KILLS // 2)):
+        study = start("killed")
+        after = draw.uniform(0, seconds)
+        time.sleep(after)
+        children = (
+            psutil.Process(study.pid).children(recursive=True) if study.poll() is None else []
+        )
+        study.kill()
+        assert study.wait(10) in (0, -signal.SIGKILL)
+        print(f"\nstudy: seed {SEED + 102}, undisturbed {seconds:.1f} s, SIGKILL at {after:.1f} s")
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []
+    assert start("killed").wait(600) == 0
+    run = "sft-seed_1"
+    assert outcome(tmp_path / "killed" / run) == outcome(tmp_path / "straight" / run)
