@@ -112,3 +112,16 @@ def test_in_the_middle_of_an_iteration_its_round_must_be_there(tmp_path):
     file.write_text(file.read_text().replace('"weights": "', '"weights": "0'))
     with pytest.raises(RunFailed, match=r"round-1\.jsonl: iteration 1 trains on 8 pairs"):
         trained(tmp_path, checkpoint, **SAVING)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"rejected": "', '"rejected": "x'), ('{"prompt": ', '{"prompt" ')]
+)
+def test_a_round_that_was_changed_or_damaged_is_not_trained_on(tmp_path, old, new):
+    trained(tmp_path, **SAVING | {"save_steps": 2, "max_steps": 2})
+    file = tmp_path / "rounds/round-0.jsonl"
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(
+        RunFailed, match=r"round-0\.jsonl: (has changed since|iteration 0 trains on 8)"
+    ):
+        trained(tmp_path, tmp_path / "checkpoints/checkpoint-2", **SAVING)

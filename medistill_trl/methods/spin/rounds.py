@@ -124,12 +124,20 @@ class RoundFile:
         """The answers of all whole lines; none if there is no file, or it has another header."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")[
-            :-1
-        ]  # what follows the last newline was cut off
-        header, *answers = [json.loads(line) for line in lines] or [{}]
+        records = []
+        for line in self.path.read_bytes().split(b"\n")[:-1]:  # what follows was cut off
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # damaged: it and what follows must be written anew
+                break
+        header, *answers = records or [{}]
         matches = all(header.get(name) == value for name, value in self.header.items())
         return answers if matches else []
+
+    def digest(self) -> str:
+        """sha256 of the file."""
+        with self.path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
 
     def start(self, answers: list[dict]) -> None:
         """Begin the file anew with what is known already."""

@@ -1,5 +1,6 @@
 """`DPOTrainer` whose rejected answers are the student's own, written anew at the start of each iteration."""
 
+import json
 import logging
 import random
 import shutil
@@ -22,6 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from medistill_trl.checkpoints import Totals, kept_dtypes
 from medistill_trl.data import Prompt
 from medistill_trl.errors import RunFailed
+from medistill_trl.files import write_text
 from medistill_trl.losses.preference import PairValues, sequence_log_probs, spin_loss
 from medistill_trl.methods.spin import progress, reference, rounds
 from medistill_trl.methods.spin.rounds import Pair, RoundFile
@@ -32,6 +34,7 @@ from medistill_trl.teacher import Completion, Sampling, complete
 
 logger = logging.getLogger(__name__)
 
+DIGESTS = "rounds.json"  # beside a checkpoint
 MEASURED_PAIRS = 128  # of a round, at the end of its iteration
 
 
@@ -92,6 +95,7 @@ class SpinTrainer(DPOTrainer):
         self._collate = DataCollatorForPreference(form.tokenizer.pad_token_id)
         self._pairs: dict[int, list[Pair]] = {}
         self._sums: dict[str, torch.Tensor] = {}
+        self._digests: dict[str, str] = {}  # of the rounds' files when the checkpoint was saved
         self.add_callback(IterationEnd(self))
 
     def _prepare_dataset(self, dataset, *args):
@@ -188,6 +192,11 @@ class SpinTrainer(DPOTrainer):
             raise RunFailed(
                 f"{file.path}: iteration {iteration} trains on {len(self.prompts)} pairs of this round, and "
                 f"{len(answers)} are there that fit this run; restore the file, or start a new run"
+            )
+        if file.digest() != self._digests.get(str(number), file.digest()):
+            raise RunFailed(
+                f"{file.path}: has changed since the checkpoint was saved, and the run would be another one; restore "
+                "the file, or start a new run"
             )
         return self._make_pairs(answers)
 
@@ -321,13 +330,18 @@ class SpinTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.previous is not None and self.args.should_save:
-            self.previous.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            digests = {number: self._round_file(number, None).digest() for number in self._pairs}
+            write_text(folder / DIGESTS, json.dumps(digests))
+            if self.previous is not None:
+                self.previous.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads the reference too, which an adapter is in the dtype of the one in training."""
         with kept_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._digests = json.loads((Path(resume_from_checkpoint) / DIGESTS).read_text())
         if self.previous is not None:
             self.previous.load(Path(resume_from_checkpoint))
 
