@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from eval import data_files
 from eval.options import ModelOptions, Options, add_flags, from_flags
 from eval.report import write_report
-from medistill_trl import console
+from medistill_trl import console, disk
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.run_directory import RunDirectory
@@ -172,8 +172,12 @@ def main(arguments: list[str]) -> int:
         console.set_up(main_process=True)
         logging.getLogger("eval").setLevel(logging.INFO)
         request = parse(arguments)
-        path = evaluate(request)
-        report = write_report(request.out, request.data)
+        from medistill_trl.model_source import cache_folder
+
+        folders = (request.out, cache_folder())
+        with disk.explained(*folders, how_to_go_on="give the same command again"):
+            path = evaluate(request)
+            report = write_report(request.out, request.data)
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code

@@ -100,20 +100,18 @@ class CompletionStore:
             for prompt in prompts
         ]
         state = PartialState()
-        try:
-            with self._turn(state):
-                missing = self._missing(request for group in requests for request in group)
-                state.wait_for_everyone()  # all have read the same store before anyone writes to it
-                share = missing[state.process_index :: state.num_processes]
-                self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
-                state.wait_for_everyone()
+        with self._whole(), self._turn(state):
+            missing = self._missing(request for group in requests for request in group)
+            state.wait_for_everyone()  # all have read the same store before anyone writes to it
+            share = missing[state.process_index :: state.num_processes]
+            self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
+            state.wait_for_everyone()
             return [[self._get(request) for request in group] for group in requests]
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
 
     def _broken(self, why: object) -> UserError:
         return UserError(
-            f"completion store {self.path}: {why}; move the file away or set completion_store to another path"
+            f"completion store {self.path}: {why}; move the file away, and its completions are drawn anew, or set "
+            "completion_store to another path"
         )
 
     @contextlib.contextmanager
@@ -128,6 +126,15 @@ class CompletionStore:
                 waited += 1
                 time.sleep(LOCK_POLL_SECONDS)
             yield
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError:
+            raise  # a full disk, a lock
+        except sqlite3.DatabaseError as error:
+            raise self._broken(error) from error
 
     def _missing(self, requests: Iterable[Request]) -> list[Request]:
         """Requests not yet stored, longest prompt first: batches of like length waste little padding,

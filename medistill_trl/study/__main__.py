@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from medistill_trl import disk
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.study import definition, grid, plan, progress, tables
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
         print(tables.plan(study, runs, memory, known, given.jobs))
         return 1 if any("problem" in line for line in memory.values()) else 0
     _show_warnings(runs)
-    with only_study(out):
+    with only_study(out), disk.explained(out, how_to_go_on="give the same command again"):
         slots = make_slots(given.jobs, given.config_file)
         Executor(study, runs, record, slots, given.config_file, known).work()
         print(tables.results(record))
