@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medistill_trl.launch import die_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -58,6 +60,7 @@ class Command:
     def _work(self, arguments: list[str]) -> None:
         code = 1
         try:
+            die_with_parent()
             os.setsid()
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, write_tiny_overlay
 from processes import Command, Kills, preload
+from test_run_cot import SHORT, craft_for
 
 from medistill_trl import recipe
 
@@ -30,6 +32,7 @@ STEPS = ["--save_steps", "2", "--heldout_prompts", "2", "--eval_strategy", "no"]
 HARD = {
     "sft": ["--teacher_temperature", "1.0", "--lora_dropout", "0.1"],
     "logit_kd": ["--lmbda", "0.5", "--lora_dropout", "0.1"],
+    "cot": [str(word) for word in SHORT],
     "on_policy": ["--num_iterations", "2"],
     "ppo": ["--num_ppo_epochs", "2", "--num_mini_batches", "2", "--value_learning_rate", "0.01"],
     "bond": ["--objective", "jeffreys", "--num_samples", "2", "--anchor_ema", "0.2"],
@@ -96,11 +99,16 @@ def test_a_run_killed_at_random_ends_as_the_same_run(
     method, commands, tmp_path, teacher_folder, model_cache
 ):
     overlay = write_tiny_overlay(tmp_path, teacher_folder)
+    craft_for(
+        tmp_path, teacher_folder
+    )  # chain of thought asks for rationales a tiny teacher cannot give
     limit = [] if method == "spin" else ["--max_steps", "6"]  # its iterations end it
 
     def command(name):
         flags = [*STEPS, *limit, *HARD.get(method, []), "--output_dir", str(tmp_path / name)]
-        flags += ["--completion_store", str(tmp_path / f"{name}.sqlite")]
+        store = tmp_path / f"{name}.sqlite"
+        shutil.copy(tmp_path / "completions.sqlite", store)
+        flags += ["--completion_store", str(store)]
         words = [f"recipes/{method}.yaml", str(overlay), *flags]
         return Command(commands["train"], words, tmp_path / f"{name}.log")
 
