@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from medistill_trl import disk
 from medistill_trl.errors import UserError
 from medistill_trl.locks import try_lock
 from medistill_trl.teacher import Completion, Sampling, Teacher
@@ -73,6 +74,8 @@ class CompletionStore:
             with self._database:
                 self._database.execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
+            if disk.is_full(error):
+                raise  # not the file's fault
             raise self._broken(error) from error
 
     def __len__(self) -> int:

@@ -202,7 +202,8 @@ def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
         trainer.add_callback(StopCallback(request))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except pickle.UnpicklingError as error:  # torch reads tensors and plain values, and runs no code
+        except pickle.UnpicklingError as error:
+            # Torch reads tensors and plain values, and runs no code.
             raise UserError(
                 f"{checkpoint}: holds what training never saved ({first_line(error)}), and nothing of it was run; do not "
                 "trust this folder: remove the checkpoint and resume from the one before it"
