@@ -117,9 +117,10 @@ class FiniteGuard(TrainerCallback):
             models["teacher"] = self.teacher
         verdicts = []
         for name, model in models.items():
-            reads = (tensor.to(model.device) for tensor in (ids, mask))
-            logits = model(**dict(zip(("input_ids", "attention_mask"), reads, strict=True))).logits
-            finite = bool(torch.isfinite(logits[mask.bool().to(logits.device)]).all())
+            finite = all(  # a row at a time: there may be little memory left
+                bool(torch.isfinite(model(input_ids=row[kept][None].to(model.device)).logits).all())
+                for row, kept in zip(ids, mask.bool(), strict=True)
+            )
             verdicts.append(f"the {name}'s logits on it are {'' if finite else 'not '}finite")
         return ", ".join(verdicts)
 

@@ -115,7 +115,8 @@ def start_again(error: StartAgain, resumed: bool) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         allowed, done = (
-            int(os.environ[f"TORCHELASTIC_{n}"]) for n in ("MAX_RESTARTS", "RESTART_COUNT")
+            int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+            for name in ("MAX_RESTARTS", "RESTART_COUNT")
         )
         if done >= allowed:
             leave(
