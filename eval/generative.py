@@ -40,8 +40,19 @@ STATED = re.compile(
     r"\b(?:answer|option|choice)\b[^.:\n]{0,20}?(?:\bis\b|:)[\s*_]*([^\n]+?)(?=[.!?](?:\s|$)|\n|$)",
     re.I,
 )
+CHOSEN = re.compile(
+    r"\bI(?:['’]d| would| will)? (?:choose|pick|select|go with)\s+([^\n]+?)(?=[.!?](?:\s|$)|\n|$)",
+    re.I,
+)
+BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]+)\}")
 # What may follow an answer in its sentence: its reason, or that it is right.
-AFTER = re.compile(r"\s+(?:because|since|as|due to|is (?:the )?(?:correct|right|best))\b.*", re.S)
+AFTER = re.compile(r",?\s+(?:because|since|as|due to|is (?:the )?(?:correct|right|best))\b.*", re.S)
+# The next question, which a model invents once it has answered this one.
+NEXT = re.compile(r"\n\s*[*_#]*(?:question|claim|abstract)\b[*_\s\d]*:.*", re.I | re.S)
+# "No evidence was found" does not say no.
+DETERMINER = re.compile(
+    r"^\W*no(?=\s+(?!(?:it|they|this|that|these|those|there|the|he|she|we|not)\b)[a-z])", re.I
+)
 
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
@@ -128,24 +139,39 @@ def named_option(answer: str, options: Sequence[str]) -> int | None:
     """
     references = options
     if is_lettered(options):
-        references = [f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False)]
+        listed = list(zip(LETTERS, options, strict=False))
+        references = [f"({letter}) {text}" for letter, text in listed]
+        if sum(_stands_in(answer, letter, text) for letter, text in listed) > 1:
+            return None
+    else:
+        labels = "|".join(map(re.escape, options))
+        answer = re.sub(rf"\b({labels})\s*[/,]\s*(?=(?:{labels})\b)", r"\1 or ", answer, flags=re.I)
+        answer = DETERMINER.sub("", answer)
     found = [n for n, reference in enumerate(references) if matches(answer, reference)]
     return found[0] if len(found) == 1 else None
 
 
+def _stands_in(answer: str, letter: str, text: str) -> bool:
+    """Whether an option is written out, its letter before it."""
+    return re.search(rf"(?<!\w){letter}[.):]\s*{re.escape(text)}", answer) is not None
+
+
 def stated_option(text: str, options: Sequence[str]) -> int | None:
-    """The option a free text gives: where it says "the answer is", else in its first or its last line."""
+    """The option a free text gives: where it says "the answer is", else in its first or its last line.
+
+    A text whose lines name several options, as a list of them does, chooses none.
+    """
+    text = NEXT.sub("", text.strip())
+    pieces = [piece for stated in (STATED, CHOSEN, BOXED) for piece in stated.findall(text)]
+    stated = {named_option(_bare(piece), options) for piece in pieces} - {None}
+    if stated:
+        return stated.pop() if len(stated) == 1 else None
     echo = ", ".join(options)  # of the question, which chooses nothing
     lines = [line for line in text.splitlines() if line.strip() and echo not in line]
-    stated = [named_option(_bare(piece), options) for piece in STATED.findall(text)]
-    stated = [option for option in stated if option is not None]
-    if stated:
-        return stated[0] if len(set(stated)) == 1 else None
-    for line in lines[:1] + lines[-1:]:
-        option = named_option(_bare(line), options)
-        if option is not None:
-            return option
-    return None
+    named = [named_option(_bare(line), options) for line in lines]
+    at_the_ends = {*named[:1], *named[-1:]} - {None}
+    several = len({*named} - {None}) > 1
+    return None if several or not at_the_ends else at_the_ends.pop()
 
 
 def _bare(piece: str) -> str:

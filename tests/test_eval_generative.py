@@ -61,6 +61,28 @@ PLAIN = Protocol.of({"method": "sft"}, Options())
         ("Partly true", VERDICTS, 2),
         ("This claim is not true", VERDICTS, None),
         ("mixture", ["true", "false"], None),
+        # A list of the options is no answer, nor is the question that the model asks itself next.
+        ("A. Median nerve\nB. Ulnar nerve\nC. Radial nerve\nD. Axillary nerve", NERVES, None),
+        ("A. Median nerve B. Ulnar nerve C. Radial nerve D. Axillary nerve", NERVES, None),
+        ("B. Ulnar nerve\nC. Radial nerve", NERVES, None),
+        ("B. Ulnar nerve\nIt is hurt.\nC. Radial nerve\nIt is not.", NERVES, None),
+        ("A. Median nerve\nB. Ulnar nerve\nC. Radial nerve\n\nThe answer is C.", NERVES, 2),
+        ("yes/no/maybe", DECISION, None),
+        ("Yes, no, maybe", DECISION, None),
+        ("Answer: yes / no", DECISION, None),
+        ("yes\nno\nmaybe", DECISION, None),
+        ("B\n\nQuestion: Which muscle?\nAnswer: C", NERVES, 1),
+        ("false\n\nClaim: Another.\nAnswer: true", VERDICTS, 1),
+        # Other ways to state an answer.
+        ("Answer: C, because A is wrong", NERVES, 2),
+        ("I would choose C", NERVES, 2),
+        ("The extensors are paralysed. I'd go with the radial nerve.", NERVES, 2),
+        (r"\boxed{C}", NERVES, 2),
+        (r"It is \boxed{\text{no}}.", DECISION, 1),
+        ("No evidence was found, so maybe.", DECISION, 2),
+        ("No evidence was found.", DECISION, None),
+        ("No, it was not found.", DECISION, 1),
+        ("No it was not.", DECISION, 1),
     ],
 )
 def test_stated_option(text, options, expected):
