@@ -1,8 +1,8 @@
 """The benchmarks by generated answers: the second protocol, made for students that reason before they answer.
 
-Both models are asked alike, each in its own prompt format, and answer greedily. Students of a chain-of-thought
-run, and their teacher, get the run's instruction and separator; others are told to give only the answer. What is
-given is then looked for in the text. In doubt nothing is found: such an answer counts as wrong, and how many there
+Each model is asked in its own prompt format, as the run asked it, and answers greedily. The teacher of a
+chain-of-thought run gets the run's instruction; its student only if it was trained with it. Other models are told to
+give only the answer. What is given is then looked for in the text. In doubt nothing is found: such an answer counts as wrong, and how many there
 are is a rate of its own.
 """
 
@@ -82,16 +82,18 @@ class Protocol:
     Args:
         reasoning: The form of a rationale with its answer; None to ask for the answer alone.
         max_new_tokens: Longest answer.
+        instructed: Names of the subjects that are told how to reason; the others learnt it on plain questions.
     """
 
     reasoning: RationaleFormat | None
     max_new_tokens: int
+    instructed: tuple[str, ...] = ("teacher",)
 
     @classmethod
     def of(cls, recipe: dict | None, options: Options) -> "Protocol":
         """That of the run: a recipe that says how rationales are written is a chain-of-thought run's."""
         recipe = recipe or {}
-        reasoning, tokens = None, PLAIN_TOKENS
+        reasoning, tokens, instructed = None, PLAIN_TOKENS, ("teacher",)
         if "rationale_separator" in recipe:
             tokens = recipe["rationale_max_new_tokens"]
             reasoning = RationaleFormat(
@@ -99,10 +101,12 @@ class Protocol:
                 recipe["end_marker"],
                 recipe["rationale_instruction"],
             )
-        return cls(reasoning, options.generative_tokens or tokens)
+            if recipe["student_sees_instruction"]:
+                instructed = ("student", "teacher")
+        return cls(reasoning, options.generative_tokens or tokens, instructed)
 
-    def ask(self, benchmark: str, row: dict, passages: Sequence[str]) -> str:
-        """The question as a user would put it."""
+    def ask(self, subject: str, benchmark: str, row: dict, passages: Sequence[str]) -> str:
+        """The question as a user would put it to the student or the teacher."""
         template = QUESTIONS.get(benchmark, "{question}")
         question = template.format(question=row["question"], context="".join(passages))
         if is_lettered(row["options"]):
@@ -111,7 +115,9 @@ class Protocol:
             question += "\n\nChoose the right option; its letter is the answer."
         else:
             question += f"\n\nChoose one: {', '.join(row['options'])}."
-        return f"{question} {ONLY}" if self.reasoning is None else self.reasoning.ask(question)
+        if self.reasoning is None:
+            return f"{question} {ONLY}"
+        return self.reasoning.ask(question) if subject in self.instructed else question
 
     def find(self, text: str, options: Sequence[str]) -> int | None:
         """The option a text gives as its answer; None if there is none or more than one."""
@@ -190,7 +196,7 @@ def answer(
     prompts = [
         fit(
             subject,
-            lambda kept, row=row: protocol.ask(benchmark.name, row, kept),
+            lambda kept, row=row: protocol.ask(subject.name, benchmark.name, row, kept),
             [row["context"]],
             protocol.max_new_tokens,
             f"{benchmark.name}, row {row['id']}",

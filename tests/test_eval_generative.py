@@ -20,6 +20,7 @@ COT = {
     "end_marker": "",
     "rationale_instruction": 'Reason first. Then write "{separator}" and the answer.',
     "rationale_max_new_tokens": 20,
+    "student_sees_instruction": False,
 }
 REASONING = Protocol.of(COT, Options())
 PLAIN = Protocol.of({"method": "sft"}, Options())
@@ -115,7 +116,7 @@ def test_answers_after_reasoning(text, expected):
 
 def test_a_run_decides_how_it_is_asked():
     row = {"question": "Which nerve?", "options": NERVES}
-    plain, reasoning = (p.ask("medqa", row, [""]) for p in (PLAIN, REASONING))
+    plain, reasoning = (p.ask("teacher", "medqa", row, [""]) for p in (PLAIN, REASONING))
     shared = (
         "Which nerve?\n\nA. Median nerve\nB. Ulnar nerve\nC. Radial nerve\nD. Axillary nerve\n\n"
     )
@@ -125,19 +126,31 @@ def test_a_run_decides_how_it_is_asked():
     assert reasoning.endswith('Reason first. Then write "Final answer:" and the answer.')
     assert (PLAIN.max_new_tokens, REASONING.max_new_tokens) == (32, 20)
     assert Protocol.of(COT, Options(generative_tokens=7)).max_new_tokens == 7
-    decision = PLAIN.ask("pubmedqa", {"question": "Does it?", "options": DECISION}, ["It does."])
+    decision = PLAIN.ask(
+        "student", "pubmedqa", {"question": "Does it?", "options": DECISION}, ["It does."]
+    )
     assert decision.startswith(
         "Abstract: It does.\n\nQuestion: Does it?\n\nChoose one: yes, no, maybe."
     )
 
 
-def test_the_recipes_that_ship_are_asked_as_they_train():
-    cot, sft = (load([str(ROOT / f"recipes/{name}.yaml")]).resolved() for name in ("cot", "sft"))
-    found = Protocol.of(cot, Options())
-    asked = found.ask("medqa", {"question": "Which nerve?", "options": NERVES}, [""])
-    assert 'starts with "Final answer:"' in asked
-    assert found.max_new_tokens == cot["rationale_max_new_tokens"]
-    assert Protocol.of(sft, Options()).reasoning is None
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_student_is_instructed_only_if_it_trained_on_the_instruction(sees):
+    """The teacher always is: it was when it wrote the rationales."""
+    flags = ["--student_sees_instruction", str(sees).lower()]
+    recipe = load([str(ROOT / "recipes/cot.yaml"), *flags]).resolved()
+    protocol = Protocol.of(recipe, Options())
+    row = {"question": "Which nerve?", "options": NERVES}
+    student, teacher = (protocol.ask(name, "medqa", row, [""]) for name in ("student", "teacher"))
+    assert 'starts with "Final answer:"' in teacher
+    assert ('starts with "Final answer:"' in student) == sees
+    assert student == teacher or student.endswith("its letter is the answer.")
+    assert protocol.max_new_tokens == recipe["rationale_max_new_tokens"]
+
+
+def test_a_recipe_without_rationales_asks_for_the_answer_alone():
+    recipe = load([str(ROOT / "recipes/sft.yaml")]).resolved()
+    assert Protocol.of(recipe, Options()).reasoning is None
 
 
 def test_what_cannot_be_read_is_wrong(sample_build):
@@ -168,7 +181,7 @@ def test_an_abstract_too_long_for_the_model_is_shortened(
 
 
 @pytest.mark.parametrize("recipe", [None, COT], ids=["plain", "reasoning"])
-def test_both_models_are_asked_alike_whatever_the_batch_size(
+def test_answers_are_the_same_whatever_the_batch_size(
     recipe, teacher_folder, other_teacher_folder, model_cache, sample_build, tmp_path
 ):
     loaded = load_models(ModelOptions(model=str(teacher_folder), teacher=str(other_teacher_folder)))
