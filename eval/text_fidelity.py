@@ -12,6 +12,7 @@ from eval.statistics import ratio_interval, wilson
 from medistill_trl.errors import UserError
 from medistill_trl.teacher import Completion
 
+NO_FOUR_WORDS = "no answer has four words, so there are no 4-grams to count"
 MEANS = ("rouge_1", "rouge_2", "rouge_l", "semantic_similarity")
 
 
@@ -48,12 +49,7 @@ def compare_texts(
     }
     summary = {
         "exact_match": wilson(int(sum(columns["exact_match"])), len(ids)).to_dict(),
-        "bleu": {
-            "value": scores["bleu"],
-            "interval_95": [scores["bleu_low"], scores["bleu_high"]],
-            "n": len(ids),
-            "signature": scores["bleu_signature"],
-        },
+        "bleu": _bleu(scores, len(ids)),
         "semantic_similarity": similarity,
     }
     for name in MEANS:
@@ -62,6 +58,14 @@ def compare_texts(
     if not similarity:
         summary["semantic_similarity"]["encoder"] = encoder or HUB_ID
     return summary, _records(ids, texts, columns)
+
+
+def _bleu(scores: dict, n: int) -> dict:
+    found = {"n": n, "signature": scores["bleu_signature"]}
+    if scores["bleu"] is None:
+        return {"value": None, "interval_95": None, **found, "note": NO_FOUR_WORDS}
+    interval = [scores["bleu_low"], scores["bleu_high"]]
+    return {"value": scores["bleu"], "interval_95": interval, **found}
 
 
 def _records(

@@ -9,7 +9,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from eval.metrics import Bleu, ExactMatch, Rouge, SemanticSimilarity
 from eval.metrics.rouge import rouge
 from eval.metrics.semantic_similarity import default_encoder, load_encoder
+from eval.text_fidelity import compare_texts
 from medistill_trl.errors import UserError
+from medistill_trl.teacher import Completion
 
 ANSWERS = [
     "Gout is caused by crystals of monosodium urate in the joint.",
@@ -80,6 +82,29 @@ def test_bleu_is_sacrebleus(metric):
     assert again == ours  # the bootstrap is seeded
     same = metric(Bleu).compute(predictions=REFERENCES, references=REFERENCES)
     assert same["bleu"] == pytest.approx(100)
+
+
+def test_bleu_of_texts_without_four_words_is_not_defined(metric, tmp_path):
+    short = ["B", "yes", "no doubt at"]
+    found = metric(Bleu).compute(predictions=short, references=short)
+    assert (found["bleu"], found["bleu_low"], found["bleu_high"]) == (None, None, None)
+    summary, _ = compare_texts(
+        ["1", "2", "3"],
+        *[[Completion(text, [], True) for text in short]] * 2,
+        f"{tmp_path}/none",
+        tmp_path,
+    )
+    assert summary["exact_match"]["value"] == 1
+    assert (summary["bleu"]["value"], summary["bleu"]["interval_95"]) == (None, None)
+    assert "four words" in summary["bleu"]["note"]
+
+
+def test_the_interval_of_bleu_stays_on_its_scale(metric):
+    """One wrong answer among right ones: the bootstrap's mean and half width reach beyond 100."""
+    right = ["Statins lower the cholesterol of patients at risk."] * 3
+    answers = [*right, "Nobody knows what causes this rare disease."]
+    found = metric(Bleu).compute(predictions=answers, references=right + right[:1])
+    assert 0 <= found["bleu_low"] < found["bleu"] < found["bleu_high"] <= 100
 
 
 def test_exact_match_is_strict(metric):

@@ -14,7 +14,8 @@ class Bleu(evaluate.Metric):
     """`bleu` from 0 to 100, its 95 % interval `bleu_low`, `bleu_high`, and `bleu_signature`.
 
     BLEU is not a mean over examples, so there are no values of the examples; the interval is sacreBLEU's
-    bootstrap over them. Texts of fewer than four words have no 4-grams, so a corpus of such has BLEU 0.
+    bootstrap over them, clipped to the scale. Where no answer has four words there is no 4-gram, and BLEU is not
+    defined: all three are None.
     """
 
     def _info(self):
@@ -28,9 +29,8 @@ class Bleu(evaluate.Metric):
         bootstrap = json.loads(score.format(width=6, signature=signature, is_json=True))
         mean = bootstrap.get("confidence_mean", score.score)
         half_width = bootstrap.get("confidence_var", 0.0)
-        return {
-            "bleu": score.score,
-            "bleu_low": mean - half_width,
-            "bleu_high": mean + half_width,
-            "bleu_signature": signature,
-        }
+        defined = score.totals[-1] > 0  # 4-grams of the predictions
+        values = (score.score, max(0.0, mean - half_width), min(100.0, mean + half_width))
+        names = ("bleu", "bleu_low", "bleu_high")
+        found = dict(zip(names, values if defined else [None] * 3, strict=True))
+        return {**found, "bleu_signature": signature}
