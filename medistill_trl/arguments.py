@@ -230,6 +230,13 @@ class RunArguments:
             "below the highest."
         },
     )
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-encoder for natural language inference, a hub id or folder: judges claims when eval.run "
+            "evaluates this run, unless --verifier is given. Training does not use it."
+        },
+    )
     resume: bool = field(
         default=False,
         metadata={"help": "Continue the run in `output_dir` from its newest checkpoint."},
@@ -275,3 +282,6 @@ class ChunkArguments:
         default=256,
         metadata={"help": "Tokens whose logits exist at a time; fewer need less memory."},
     )
+
+
+EVALUATION_KEYS = ("verifier",)  # saved with the run for eval.run, and no part of what the run is

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from medistill_trl import sealed_json
-from medistill_trl.arguments import FREE_ON_RESUME
+from medistill_trl.arguments import EVALUATION_KEYS, FREE_ON_RESUME
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.locks import try_lock
@@ -94,7 +94,7 @@ class RunDirectory:
     def _check_same_recipe(self, recipe: Recipe) -> None:
         saved = read_saved(self.recipe)
         now = parse_value(recipe.to_yaml())
-        ignored = dict.fromkeys(FREE_ON_RESUME)
+        ignored = dict.fromkeys((*FREE_ON_RESUME, *EVALUATION_KEYS))
         self._refuse_changes("the recipe differs", saved | ignored, now | ignored)
 
     def _refuse_changes(self, what: str, saved: dict, now: dict) -> None:

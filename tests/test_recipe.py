@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medistill_trl import recipe
+from medistill_trl.errors import UserError
 from medistill_trl.recipe import RecipeError
+from medistill_trl.run_directory import RunDirectory
 
 SFT = str(ROOT / "recipes/sft.yaml")
 
@@ -156,6 +158,18 @@ def test_an_inherited_key_that_means_nothing_is_refused_where_it_stands(tmp_path
 )
 def test_the_resolved_recipe_holds_the_keys_of_the_method_it_extends(method, own):
     assert own in recipe.load([f"recipes/{method}.yaml"]).values
+
+
+def test_the_verifier_of_an_evaluation_is_no_part_of_the_run(tmp_path):
+    """It is saved with the run, which goes on under another one."""
+    flags = [SFT, "--output_dir", str(tmp_path)]
+    run = RunDirectory(tmp_path)
+    started = recipe.load([*flags, "--verifier", "some/nli"])
+    run.start(started, {})
+    assert yaml.safe_load(run.recipe.read_text())["verifier"] == "some/nli"
+    run.check(recipe.load([*flags, "--verifier", "other/nli", "--resume"]))
+    with pytest.raises(UserError, match="lora_r"):
+        run.check(recipe.load([*flags, "--lora_r", "3", "--resume"]))
 
 
 def test_required_keys_are_named(tmp_path):

@@ -126,7 +126,8 @@ def test_a_key_of_one_run_changes_one_hash(tmp_path):
 
 
 def test_places_and_spellings_do_not_change_a_hash(tmp_path):
-    content = PLAIN | {"shared": {"lora_dropout": 0, "completion_store": "elsewhere.sqlite"}}
+    elsewhere = {"completion_store": "elsewhere.sqlite", "verifier": "some/nli"}
+    content = PLAIN | {"shared": {"lora_dropout": 0, **elsewhere}}
     other = tmp_path / "other"
     other.mkdir()
     same = PLAIN | {"shared": {"lora_dropout": 0.0, "system_prompt": None}}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.run import SCHEMA_VERSION as EVALUATION_VERSION
+from medistill_trl.arguments import EVALUATION_KEYS
 from medistill_trl.errors import UserError
 from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 from medistill_trl.sealed_json import read_record
@@ -205,7 +206,9 @@ def _read(directory: RunDirectory, name: str, version: int) -> dict:
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """What makes runs alike but for their seed: the recipe without seed and places. 2 and 2.0 are the same, and so
     are null and nothing."""
-    kept = {key: value for key, value in recipe.items() if key not in (*WHERE, "seed")}
+    kept = {
+        key: value for key, value in recipe.items() if key not in (*WHERE, *EVALUATION_KEYS, "seed")
+    }
     return {key: _as_float(value) for key, value in kept.items() if value is not None}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medistill_trl import recipe
+from medistill_trl.arguments import EVALUATION_KEYS
 from medistill_trl.recipe import Recipe, RecipeError
 from medistill_trl.recipe_reading import parse_value
 from medistill_trl.schema import config_class_name, read_trains_on
@@ -57,7 +58,7 @@ class Run:
 def identity(values: dict[str, Any]) -> dict[str, Any]:
     """What makes a run the run it is: its resolved recipe without places. 2 and 2.0 are the same, and so
     are null and nothing."""
-    kept = {key: value for key, value in values.items() if key not in WHERE}
+    kept = {key: value for key, value in values.items() if key not in (*WHERE, *EVALUATION_KEYS)}
     return {key: _as_float(value) for key, value in kept.items() if value is not None}
 
 
