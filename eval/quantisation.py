@@ -35,6 +35,13 @@ TERMS = {
 }
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`."""
+    if options.teacher_quantisation is not None and pair.teacher is not None:
+        read_questions(pair, data, options)
+        benchmarks.check(pair, data, options)
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """See `docs/evaluation.md` for the result's keys."""
     if options.teacher_quantisation is None:
@@ -63,7 +70,7 @@ def copies(pair: Pair, kind: str) -> Pair:
     }
     # Through the copy, so that a model that is loaded already is not loaded again.
     quantised = replace(copy[kind], name="student", load=lambda: copy[kind].model)
-    return Pair(quantised, copy[None], pair.recipe, pair.seed)
+    return Pair(quantised, copy[None], pair.recipe)
 
 
 def _describe(subject: Subject, store: ItemStore) -> dict:

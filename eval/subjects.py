@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_ADVICE = "continue its run with --resume, or put a copy of the adapter back"
-DEFAULT_SEED = 42
+OFFLINE_ADVICE = (  # no overlay: an evaluation takes none
+    "without the hub only local folders, .gguf files, package:NAME/FILE.gguf and what the local cache holds can be "
+    "evaluated"
+)
 T = TypeVar("T")
 
 
@@ -84,13 +87,11 @@ class Pair:
         student: The model evaluated.
         teacher: What it is measured against; None for a model by itself.
         recipe: Of the run; None for models without a run.
-        seed: Of the run's training.
     """
 
     student: Subject
     teacher: Subject | None
     recipe: dict | None
-    seed: int
 
     @property
     def subjects(self) -> list[Subject]:
@@ -115,7 +116,11 @@ def load_run(path: Path, allow_partial: bool = False, trust_remote_code: bool = 
     teacher = _known(TeacherArguments, recipe)
     remote = _trusted(run, recipe, trust_remote_code)
     base = resolve(
-        student.student_model, student.student_revision, student.student_keep_layers, remote
+        student.student_model,
+        student.student_revision,
+        student.student_keep_layers,
+        remote,
+        OFFLINE_ADVICE,
     )
     trained_on = run.read_inputs()["student"]
     if base.fingerprint != trained_on:
@@ -131,7 +136,6 @@ def load_run(path: Path, allow_partial: bool = False, trust_remote_code: bool = 
         _student(base, student, adapter, str(run.path), system_prompt, remote),
         _teacher(teacher, student, system_prompt, remote),
         recipe,
-        recipe.get("seed", DEFAULT_SEED),
     )
 
 
@@ -190,10 +194,12 @@ def load_models(options: ModelOptions) -> Pair:
         student_load_in_4bit=options.load_in_4bit,
         student_load_in_8bit=options.load_in_8bit,
     )
-    base = resolve(student.student_model, options.revision, options.keep_layers, remote)
+    base = resolve(
+        student.student_model, options.revision, options.keep_layers, remote, OFFLINE_ADVICE
+    )
     subject = _student(base, student, adapter, options.model, options.system_prompt, remote)
     if options.teacher is None:
-        return Pair(subject, None, None, DEFAULT_SEED)
+        return Pair(subject, None, None)
     teacher = TeacherArguments(
         teacher_model=options.teacher,
         teacher_revision=options.teacher_revision,
@@ -202,7 +208,7 @@ def load_models(options: ModelOptions) -> Pair:
         teacher_load_in_8bit=options.teacher_load_in_8bit,
     )
     measured = _teacher(teacher, student, options.system_prompt, remote)
-    return Pair(subject, measured, None, DEFAULT_SEED)
+    return Pair(subject, measured, None)
 
 
 def _student(
@@ -224,7 +230,7 @@ def _student(
     fingerprint = student_identity(base, args)
     if adapter is not None:
         fingerprint += f" adapter {folder_digest(adapter)}"
-    return Subject("student", form, fingerprint, source, load, _context_length(base))
+    return Subject("student", form, fingerprint, source, load, base.context_length)
 
 
 def _teacher(
@@ -233,7 +239,9 @@ def _teacher(
     system_prompt: str | None,
     trust_remote_code: bool,
 ) -> Subject:
-    source = resolve(args.teacher_model, args.teacher_revision, None, trust_remote_code)
+    source = resolve(
+        args.teacher_model, args.teacher_revision, None, trust_remote_code, OFFLINE_ADVICE
+    )
     form = PromptFormat(models.load_tokenizer(source, trust_remote_code), system_prompt)
 
     def load() -> PreTrainedModel:
@@ -254,14 +262,10 @@ def _teacher(
         teacher_identity(source, args, student),
         args.teacher_model,
         load,
-        _context_length(source),
+        source.context_length,
         student.bnb_4bit_quant_type if args.teacher_load_in_4bit else eight_bit,
         requantise,
     )
-
-
-def _context_length(source: ModelSource) -> int | None:
-    return source.config.to_dict().get("max_position_embeddings")
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

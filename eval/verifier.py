@@ -26,6 +26,8 @@ ADVICE = (
     "cross-encoder/nli-deberta-v3-base, or set id2label in its config.json"
 )
 
+OFFLINE_ADVICE = "a verifier is a hub id or a folder: without the hub, give --verifier a folder"
+
 Pair = tuple[str, str]  # premise, claim
 
 
@@ -66,7 +68,7 @@ class CrossEncoderVerifier:
     """
 
     def __init__(self, name: str, batch_size: int | None = None):
-        self._found: ModelSource = resolve(name)
+        self._found: ModelSource = resolve(name, advice=OFFLINE_ADVICE)
         self._entails, self._contradicts = label_places(name, self._found.config.id2label)
         self._batches = BatchSize.of(batch_size, PartialState().device)
         self.source, self.fingerprint = name, self._found.fingerprint

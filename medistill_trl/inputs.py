@@ -85,8 +85,7 @@ def _check_context(arguments: Arguments, *sources: ModelSource) -> None:
     """Prompt and completion together must fit what each model can attend to."""
     needed = arguments.data.max_prompt_tokens + arguments.teacher.teacher_max_new_tokens
     for source in sources:
-        # Architectures without position embeddings have no such limit and no such attribute.
-        limit = getattr(source.config, "max_position_embeddings", None)
+        limit = source.context_length
         if limit is not None and needed > limit:
             raise UserError(
                 f"max_prompt_tokens + teacher_max_new_tokens is {needed}, and {source.name} attends to "

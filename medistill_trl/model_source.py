@@ -68,12 +68,19 @@ class ModelSource:
         """Rows of the embedding: token ids beyond them mean nothing to the model."""
         return self.config.get_text_config().vocab_size
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can attend to; None for an architecture without such a limit."""
+        # By the config's attribute map: GPT-2 calls it n_positions, a composite config keeps it in its text part.
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
 
 def resolve(
     name: str,
     revision: str | None = None,
     keep_layers: list[int] | None = None,
     trust_remote_code: bool = False,
+    advice: str = OFFLINE_ADVICE,
 ) -> ModelSource:
     """Find a model, converting or pruning it into the cache if need be.
 
@@ -81,6 +88,7 @@ def resolve(
         name: Hub id, folder, .gguf file, or `package:NAME/FILE.gguf`.
         revision: Branch, tag or commit, for a hub id.
         keep_layers: Decoder layers to keep, from 0; None keeps all.
+        advice: What to do if the hub does not give it.
 
     Raises:
         UserError: naming the model, what is wrong with it and what would work.
@@ -94,7 +102,7 @@ def resolve(
         raise UserError(f"model {name}: no such folder (looked below {Path.cwd()})")
     else:
         _prepare_hub()
-    config = _load_config(name, location, revision, trust_remote_code)
+    config = _load_config(name, location, revision, trust_remote_code, advice)
     if keep_layers is not None:
         location = str(_prune(name, location, revision, config, keep_layers))
         is_local, revision = True, None
@@ -144,7 +152,7 @@ def _probe_hub() -> str:
 
 
 def _load_config(
-    name: str, location: str, revision: str | None, trust_remote_code: bool
+    name: str, location: str, revision: str | None, trust_remote_code: bool, advice: str
 ) -> PretrainedConfig:
     try:
         with reading(name, "config", "mend its config.json, or download the model again"):
@@ -153,19 +161,19 @@ def _load_config(
             )
             rows = config.get_text_config().vocab_size
     except UserError as error:
-        raise UserError(_reason(name, location, error)) from error
+        raise UserError(_reason(name, location, error, advice)) from error
     if type(rows) is not int:
         raise UserError(f"model {name}: its config names no vocab_size, so it is no language model")
     return config
 
 
-def _reason(name: str, location: str, error: UserError) -> str:
+def _reason(name: str, location: str, error: UserError, advice: str) -> str:
     if _is_folder(location):
         return str(error)
     if constants.HF_HUB_OFFLINE and isinstance(error.__cause__, OSError):
         reached = "the model hub cannot be reached, and the model is not in the local cache"
-        return f"model {name}: {reached}; {OFFLINE_ADVICE}"
-    return f"{error}; {OFFLINE_ADVICE}"
+        return f"model {name}: {reached}; {advice}"
+    return f"{error}; {advice}"
 
 
 # --- local files -----------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(measure):
     tokenizer = tiny_tokenizer()
     model = make_model(len(tokenizer))
     model.get_output_embeddings().weight.data.zero_()
-    pair = Pair(tiny_subject("student", tokenizer, model, "uniform"), None, None, 42)
+    pair = Pair(tiny_subject("student", tokenizer, model, "uniform"), None, None)
     result = measure(pair, window=40)
     assert result["student"]["perplexity"]["value"] == pytest.approx(len(tokenizer), rel=1e-5)
     low, high = result["student"]["perplexity"]["interval_95"]
@@ -160,7 +160,6 @@ def test_other_tokenizers_share_bytes_not_tokens(measure):
         tiny_subject("student", small, make_model(len(small), seed=3), "small"),
         tiny_subject("teacher", large, make_model(len(large), seed=4), "large"),
         None,
-        42,
     )
     result = measure(pair)
     assert result["student"]["bytes"] == result["teacher"]["bytes"]
@@ -190,7 +189,7 @@ def test_a_teacher_whose_results_are_stored_is_not_loaded(measure, tmp_path):
 
     pair = tiny_pair()
     again = [replace(subject, load=refuse) for subject in pair.subjects]
-    assert measure(Pair(*again, pair.recipe, pair.seed), store) == first
+    assert measure(Pair(*again, pair.recipe), store) == first
     assert store.reused == 2 * len(TEXTS)
 
 

@@ -137,6 +137,6 @@ def test_it_is_asked_for(load, data, tmp_path):
     assert (
         "--teacher_quantisation" in quantisation.evaluate(load(), data, Options(), store)["skipped"]
     )
-    alone = Pair(load().student, None, None, 42)
+    alone = Pair(load().student, None, None)
     skipped = quantisation.evaluate(alone, data, Options(teacher_quantisation="nf4"), store)
     assert "--teacher" in skipped["skipped"]

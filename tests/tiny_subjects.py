@@ -38,7 +38,6 @@ def tiny_pair(student_seed: int | None = 5, teacher_seed: int = 1) -> Pair:
         tiny_subject("student", tokenizer, student, f"student of seed {student_seed}"),
         tiny_subject("teacher", tokenizer, teacher, f"teacher of seed {teacher_seed}"),
         {"teacher_max_new_tokens": 12},
-        42,
     )
 
 
