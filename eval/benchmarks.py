@@ -10,7 +10,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import eq
 from pathlib import Path
 
 from lm_eval.api.instance import Instance
@@ -20,7 +21,7 @@ from eval.batching import BatchSize
 from eval.item_store import ItemStore
 from eval.likelihood import SubjectLM
 from eval.options import Options
-from eval.questions import Benchmark, Question, load_benchmarks
+from eval.questions import Benchmark, Question, load_benchmarks, log_skipped
 from eval.statistics import brier, expected_calibration_error, macro_f1, wilson
 from eval.subjects import Pair, Subject
 
@@ -104,6 +105,11 @@ def _unshuffled(values: Sequence[float], order: Sequence[int]) -> list[float]:
 # --- scoring ---------------------------------------------------------------------------------------
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`: a row that cannot be asked, a leaking example."""
+    load_benchmarks(data, replace(options, limit=1))
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Every benchmark that is there, for the student and the teacher. docs/evaluation.md has the keys."""
     benchmarks, skipped = load_benchmarks(data, options)
@@ -131,6 +137,7 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
                 result[name]["floor"]["majority_label"],
             )
     if skipped:
+        log_skipped(skipped)
         result["skipped"] = skipped
     return result | {"items": items}
 
@@ -197,16 +204,20 @@ def shuffle_scores(
     is chosen in all of them."""
     if not shuffled:
         return {}
-    choices = [[answer.choice for answer in turn] for turn in (answers, *shuffled)]
+    asked_again = benchmark.reordered
+    first = [answers[number].choice for number in asked_again]
+    choices = [first, *([answer.choice for answer in turn] for turn in shuffled)]
+    gold = [benchmark.answers[number] for number in asked_again]
     alike = [len(set(chosen)) == 1 for chosen in zip(*choices, strict=True)]
-    accuracies = [
-        sum(c == gold for c, gold in zip(turn, benchmark.answers, strict=True)) / len(turn)
-        for turn in choices[1:]
-    ]
+    accuracies = [wilson(sum(map(eq, turn, gold)), len(turn)).value for turn in choices]
     return {
         "option_shuffles": {
             "orders": len(shuffled),
-            "accuracies": accuracies,
+            "items": len(asked_again),
+            "items_partly_fixed": benchmark.partly_fixed,
+            "items_left_out": len(answers) - len(asked_again),
+            "accuracy_as_it_stands": accuracies[0],
+            "accuracies": accuracies[1:],
             "answered_alike": wilson(sum(alike), len(alike)).to_dict(),
         }
     }
@@ -224,6 +235,10 @@ def records(
     shuffled: Sequence[Sequence[Answer]],
 ) -> list[dict]:
     """Per-item records, for paired tests between models."""
+    again = {
+        number: [turn[place].choice for turn in shuffled]
+        for place, number in enumerate(benchmark.reordered)
+    }
     return [
         {
             "benchmark": benchmark.name,
@@ -237,7 +252,7 @@ def records(
             "log_probs": answer.log_probs,
             "probabilities": answer.probabilities,
             "cut_tokens": answer.cut_tokens,
-            "shuffled_choices": [turn[index].choice for turn in shuffled],
+            "shuffled_choices": again.get(index, []),
         }
         for index, (question, answer) in enumerate(zip(benchmark.questions, answers, strict=True))
     ]

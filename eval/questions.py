@@ -1,7 +1,9 @@
 """The benchmarks' questions, as lm-eval's tasks (`eval/tasks/*.yaml`) put them."""
 
+import logging
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,21 @@ from eval.data_files import ADVICE, benchmark_files
 from eval.options import BENCHMARKS, Options
 from medistill_trl.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TASKS = Path(__file__).parent / "tasks"
+# Options, in lower case and with single blanks.
+SPEAKS_OF_OTHERS = re.compile(
+    r"\b(?:all|none|any|both|neither|either|some) (?:of )?(?:the )?(?:above|these|following|options|other)\b"
+    r"|^(?:all|none|any|both|neither|either)(?: of (?:them|these|those))?[.!]?$"
+)
+SPEAKS_OF_UPPER = re.compile(r"above|^(?:both|neither|either)\b")
+_NAME = r"\(?(?:[a-e]|[1-5]|i{1,3}|iv)\)?"
+NAMES_OTHERS = re.compile(
+    rf"^(?:(?:both|only|all|options?) )*{_NAME}(?:\s*(?:,|&|\+|and|or)\s*(?:options? )?{_NAME})+"
+    r"(?: only| both| are (?:correct|true|right))?[.!]?$"
+    r"|^both (?:options? )?[a-e]{2}$"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,12 @@ class Benchmark:
         name: Of the file below `benchmarks/`.
         task: lm-eval's task.
         options: `limit`, `few_shot`, `option_shuffles` and `seed` decide what is asked.
+
+    Attributes:
+        questions: One a row.
+        reordered: Places of those that are asked in other orders too.
+        partly_fixed: How many of these keep some option where it stands.
+        shuffled: For each other order the questions of `reordered`.
     """
 
     def __init__(self, name: str, task: ConfigurableTask, options: Options):
@@ -59,8 +81,12 @@ class Benchmark:
         # Labels such as yes and no are not a list that could be given in another order.
         count = options.option_shuffles if self.has_letters else 0
         orders = [other_orders(doc, count, options.seed) for doc in docs]
+        self.reordered = [number for number, found in enumerate(orders) if found]
+        self.partly_fixed = sum(
+            len(movable(docs[n])) < len(docs[n]["options"]) for n in self.reordered
+        )
         self.shuffled = [
-            [self.ask(doc, found[turn]) for doc, found in zip(docs, orders, strict=True)]
+            [self.ask(docs[number], orders[number][turn]) for number in self.reordered]
             for turn in range(count)
         ]
 
@@ -94,17 +120,42 @@ class Benchmark:
         return Question(doc, prompt, [request.args[1] for request in requests], order)
 
 
+def movable(doc: dict) -> list[int]:
+    """Places of the options that mean the same wherever they stand.
+
+    Not those that speak of others: all of the above, both; nor what stands below an `above` or a `both`. None where an
+    option names others by letter or number (both A and B). Options with the same text stay too: either is the answer.
+    """
+    texts = [" ".join(text.casefold().split()) for text in doc["options"]]
+    if any(NAMES_OTHERS.search(text) for text in texts):
+        return []
+    fixed = {n for n, text in enumerate(texts) if SPEAKS_OF_OTHERS.search(text)}
+    fixed |= {n for n, text in enumerate(texts) if texts.count(text) > 1}
+    end = min((n for n in fixed if SPEAKS_OF_UPPER.search(texts[n])), default=None)
+    return [n for n in range(len(texts))[:end] if n not in fixed]
+
+
 def other_orders(doc: dict, count: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` orders of a row's options, all different and none as in the row; drawn for each row anew."""
-    size = len(doc["options"])
+    """`count` orders of a row's options, all different and none as in the row; drawn for each row anew.
+
+    Returns:
+        None at all where the options that can move have fewer orders.
+
+    Raises:
+        UserError: not even if all of them could move.
+    """
+    size, places = len(doc["options"]), movable(doc)
     if count >= math.factorial(size):
         raise UserError(
             f"--option_shuffles: {count}, but {size} options have only {math.factorial(size) - 1} other orders"
         )
+    if count >= math.factorial(len(places)):
+        return []
     draw = random.Random(f"{seed} {doc['id']}")
     found = [tuple(range(size))]
     while len(found) <= count:
-        order = tuple(draw.sample(range(size), size))
+        moved = dict(zip(places, draw.sample(places, len(places)), strict=True))
+        order = tuple(moved.get(place, place) for place in range(size))
         if order not in found:
             found.append(order)
     return found[1:]
@@ -152,3 +203,8 @@ def load_benchmarks(data: Path, options: Options) -> tuple[dict[str, Benchmark],
             continue
         found[name] = Benchmark(name, task, options)
     return found, missing
+
+
+def log_skipped(missing: dict[str, str]) -> None:
+    for name, why in missing.items():
+        logger.warning("benchmark %s is skipped: %s", name, why)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 from pathlib import Path
 
 import lm_eval
@@ -23,13 +22,12 @@ from tokenizers.processors import TemplateProcessing
 from data_prep import benchmarks as prepared
 from data_prep.sources import medmcqa, medqa, pubmedqa
 from eval.batching import BatchSize
-from eval.benchmarks import Answer, Respondent, evaluate, records, score, shuffle_scores
+from eval.benchmarks import Answer, Respondent, evaluate, score
 from eval.item_store import ItemStore
 from eval.likelihood import Forward, SubjectLM, shared_forwards
 from eval.options import ModelOptions, Options
-from eval.questions import TASKS, load_benchmarks, other_orders
+from eval.questions import TASKS, load_benchmarks
 from eval.subjects import Pair, Subject, load_models
-from medistill_trl.errors import UserError
 
 BUNDLED = Path(lm_eval.__file__).parent / "tasks"
 REAL = ROOT.parent / "shared/data/raw"
@@ -253,60 +251,6 @@ def test_only_positions_that_predict_an_answer_go_through_the_head(data, tmp_pat
     assert max(rows_seen) <= 4 * longest
 
 
-# --- order of the options --------------------------------------------------------------------------
-
-
-class Reader(Respondent):
-    """Knows how likely each text is, wherever it stands."""
-
-    LIKELY = {"Vitamin K": -3.0, "Vitamin C": -1.0, "Vitamin D": -2.0, "Thiamine": -4.0}
-
-    def _compute(self, items):
-        for item in items:
-            shown = re.findall(r"^[A-D]\. (.*)$", item["prompt"], re.MULTILINE)
-            yield {"log_probs": [self.LIKELY[text] for text in shown], "cut_tokens": 0}
-
-
-class FirstLetter(Respondent):
-    """Says A, whatever stands there."""
-
-    def _compute(self, items):
-        for _ in items:
-            yield {"log_probs": [-1.0, -2.0, -3.0, -4.0], "cut_tokens": 0}
-
-
-@pytest.mark.parametrize(("kind", "alike"), [(Reader, 1.0), (FirstLetter, 0.0)])
-def test_answers_in_another_order_are_counted_by_option(tmp_path, kind, alike):
-    data = small_data(tmp_path, "medqa", ROW, EXAMPLE)
-    (benchmark,) = load_benchmarks(data, Options(option_shuffles=23))[0].values()
-    respondent = kind(random_subject(), ItemStore(tmp_path / "store"), 1)
-    answers = respondent.answer(benchmark.questions, "x")
-    shuffled = [respondent.answer(questions, "x") for questions in benchmark.shuffled]
-    found = shuffle_scores(benchmark, answers, shuffled)["option_shuffles"]
-    assert found["answered_alike"]["value"] == alike
-    if kind is Reader:
-        assert found["accuracies"] == [1.0] * 23
-        assert all(turn[0].log_probs == [-3.0, -1.0, -2.0, -4.0] for turn in shuffled)
-    else:  # the right option stands first in 6 of the 23 other orders
-        assert sum(found["accuracies"]) == 6
-    (record,) = records(benchmark, "student", answers, shuffled)
-    assert len(record["shuffled_choices"]) == 23
-
-
-def test_other_orders_differ_from_the_rows_and_from_each_other():
-    orders = other_orders(ROW, 23, seed=1)
-    assert len({*orders, (0, 1, 2, 3)}) == 24
-    assert other_orders(ROW, 5, seed=1) == orders[:5]
-    assert other_orders(ROW, 5, seed=2) != orders[:5]
-    with pytest.raises(UserError, match="only 23 other orders"):
-        other_orders(ROW, 24, seed=1)
-
-
-def test_only_lettered_questions_are_asked_in_other_orders(data):
-    found, _ = load_benchmarks(data, Options(limit=2))
-    assert {name for name, b in found.items() if b.shuffled} == {"medqa", "medmcqa"}
-
-
 # --- scores ----------------------------------------------------------------------------------------
 
 
@@ -335,7 +279,7 @@ def test_scores_by_hand(tmp_path):
 def test_both_models_answer_the_same_items_and_stored_answers_need_no_model(data, tmp_path):
     student, teacher = random_subject(1), random_subject(2, "teacher")
     options, store = Options(limit=3), ItemStore(tmp_path)
-    first = evaluate(Pair(student, teacher, None, 0), data, options, store)
+    first = evaluate(Pair(student, teacher, None), data, options, store)
     sides = [[r for r in first["items"] if r["subject"] == s] for s in ("student", "teacher")]
     keys = ("benchmark", "id", "doc_hash", "prompt_hash", "answer")
     assert [[r[k] for k in keys] for r in sides[0]] == [[r[k] for k in keys] for r in sides[1]]
@@ -346,12 +290,12 @@ def test_both_models_answer_the_same_items_and_stored_answers_need_no_model(data
         raise AssertionError("its answers are all stored")
 
     stored = Subject("teacher", teacher.form, teacher.fingerprint, "tiny", never)
-    again = evaluate(Pair(student, stored, None, 0), data, options, ItemStore(tmp_path))
+    again = evaluate(Pair(student, stored, None), data, options, ItemStore(tmp_path))
     assert again == first
 
 
 def test_a_model_beside_itself_is_equal(data, tmp_path):
     subject, copy = random_subject(1), random_subject(1, "teacher")
-    found = evaluate(Pair(subject, copy, None, 0), data, Options(limit=3), ItemStore(tmp_path))
+    found = evaluate(Pair(subject, copy, None), data, Options(limit=3), ItemStore(tmp_path))
     assert all(found[name]["student"] == found[name]["teacher"] for name in ("medqa", "pubhealth"))
     assert logging.getLogger("lm_eval").level == logging.ERROR
