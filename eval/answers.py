@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from eval.batching import BatchSize
 from eval.item_store import ItemStore
+from eval.options import Options
 from eval.subjects import Subject
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.teacher import Completion, Sampling, complete
@@ -32,9 +33,9 @@ class _Writer:
 
 def draw_answers(
     subject: Subject,
-    prompts: list[str],
+    prompts: Sequence[str | None],
     sampling: Sampling,
-    batch_size: int | None,
+    batches: BatchSize,
     store: ItemStore,
     label: str,
 ) -> list[Completion]:
@@ -43,12 +44,20 @@ def draw_answers(
     A draw's seed comes from what addresses it, so a sampled answer is drawn once and stays.
 
     Args:
-        batch_size: Prompts in one batch; None for as many as the memory holds.
+        prompts: None for a question that is too long for the model: its answer is empty.
+        batches: How many prompts are in one batch.
         label: Of the progress bar.
     """
     completions = CompletionStore(store.folder / STORE)
     writer = _Writer(subject)
-    drawn = BatchSize.of(batch_size, PartialState().device, writing=True).attempt(
-        lambda size: completions.draw(writer, prompts, sampling, 1, size, label)
+    asked = [prompt for prompt in prompts if prompt is not None]
+    drawn = iter(
+        batches.attempt(lambda size: completions.draw(writer, asked, sampling, 1, size, label))
     )
-    return [samples[0] for samples in drawn]
+    unasked = Completion("", [], finished=True)
+    return [unasked if prompt is None else next(drawn)[0] for prompt in prompts]
+
+
+def writing_batches(options: Options) -> BatchSize:
+    """For `draw_answers`; kept over several calls, so that memory runs out once."""
+    return BatchSize.of(options.batch_size, PartialState().device, writing=True)

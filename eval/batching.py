@@ -59,10 +59,9 @@ class BatchSize:
                 if not should_reduce_batch_size(error):
                     raise
                 if self.fixed or self.size == 1:
+                    advice = "choose a smaller --batch_size, or " if self.size > 1 else ""
                     raise RunFailed(
-                        f"out of memory at batch size {self.size}; "
-                        + ("choose a smaller --batch_size" if self.size > 1 else "one item alone")
-                        + " does not fit: load the models in fewer bits"
+                        f"out of memory at batch size {self.size}; {advice}load the models in fewer bits"
                     ) from error
                 self.size //= 2
             torch.cuda.empty_cache()  # nothing on CPU

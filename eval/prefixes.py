@@ -7,19 +7,16 @@
 All are answers to the same questions, each after the model's own prompt.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.answers import draw_answers
+from eval.answers import draw_answers, writing_batches
 from eval.item_store import ItemStore
 from eval.options import Options
 from eval.subjects import Pair
 from medistill_trl.data import Prompt, read_prompts
 from medistill_trl.prompts import encode_completion
 from medistill_trl.teacher import Completion, Sampling
-
-logger = logging.getLogger(__name__)
 
 FILE = "processed/test.jsonl"
 SETS = ("gold", "teacher", "student")
@@ -32,11 +29,11 @@ class Questions:
 
     Args:
         prompts: Those that both models can read and answer.
-        left_out: Rows that were not usable: broken, or too long for one of the models.
+        left_out: Rows that were not usable, with the reason: broken, or too long for one of the models.
     """
 
     prompts: list[Prompt]
-    left_out: int
+    left_out: list[str]
 
 
 def read_questions(pair: Pair, data: Path, options: Options) -> Questions:
@@ -60,9 +57,7 @@ def read_questions(pair: Pair, data: Path, options: Options) -> Questions:
 
     limit = min(options.fidelity_questions, options.limit or options.fidelity_questions)
     prompts, report = read_prompts(str(data / FILE), "skip", limit, too_long)
-    for line in report.skipped:
-        logger.warning("%s: left out %s", report.path, line)
-    return Questions(prompts, len(report.skipped))
+    return Questions(prompts, report.skipped)
 
 
 def new_tokens(pair: Pair, options: Options) -> int:
@@ -103,7 +98,7 @@ def answers(
     subject = pair.student if writer == "student" else pair.teacher
     rendered = [subject.form.render(prompt.question) for prompt in prompts]
     label = f"answers of the {subject.name}"
-    return draw_answers(subject, rendered, sampling, options.batch_size, store, label)
+    return draw_answers(subject, rendered, sampling, writing_batches(options), store, label)
 
 
 def prefix_set(

@@ -1,7 +1,8 @@
 """Speed and memory of both models: what a smaller student buys.
 
 Greedy generation of a batch of answers that all have the same length, prompt included in the time: each
-model after its own prompts, with its key-value cache, as answers are drawn everywhere here.
+model after its own prompts, with its key-value cache, as answers are drawn everywhere here. Both are timed with the same
+batch size, since a larger batch is written at more tokens per second.
 """
 
 import time
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import PartialState
 
+from eval.answers import writing_batches
 from eval.batching import BatchSize
 from eval.cost import Cost
 from eval.footprint import footprint
@@ -25,12 +26,21 @@ NEW_TOKENS = 32  # of each answer
 REPETITIONS = 2
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`: no question that fits both models."""
+    read_questions(pair, data, options)
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """See `docs/evaluation.md` for the result's keys."""
     questions = [prompt.question for prompt in read_questions(pair, data, options).prompts]
     result: dict = {"new_tokens": NEW_TOKENS, "repetitions": REPETITIONS}
+    batches = writing_batches(options)
     for subject in pair.subjects:
-        result[subject.name] = measure(subject, questions, options.batch_size, store)
+        result[subject.name] = measure(subject, questions, batches, store)
+    for subject in pair.subjects:  # again, if the other one turned out to hold less
+        if result[subject.name]["batch_size"] != batches.size:
+            result[subject.name] = measure(subject, questions, batches, store)
     if pair.teacher is not None:
         student, teacher = result["student"], result["teacher"]
         result["student_to_teacher"] = {
@@ -40,10 +50,11 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     return result
 
 
-def measure(
-    subject: Subject, questions: list[str], batch_size: int | None, store: ItemStore
-) -> dict:
+def measure(subject: Subject, questions: list[str], batches: BatchSize, store: ItemStore) -> dict:
     """One model, alone at work; what it generates is thrown away.
+
+    Args:
+        batches: The same for all models that are compared: it keeps the size that fits all of them.
 
     Returns:
         `parameters`; `weights_gb`; `batch_size`; `prompt_tokens`, of the longest prompt;
@@ -60,7 +71,6 @@ def measure(
         seconds = [generate(subject, batch, NEW_TOKENS) for _ in range(REPETITIONS)]
         return size, batch["input_ids"].shape[1], min(seconds), added
 
-    batches = BatchSize.of(batch_size, PartialState().device, writing=True)
     size, prompt_tokens, seconds, added = batches.attempt(timed)
     return {
         **known,

@@ -20,10 +20,22 @@ def test_the_batch_is_halved_until_it_fits_and_stays_so():
     assert size.map(work, list(range(7))) == [item * 10 for item in range(7)]
     assert size.size == 2
     assert asked == [7, 7, 4, 2, 2, 2, 1]
-    with pytest.raises(
-        RunFailed, match="out of memory at batch size 16; choose a smaller --batch_size"
-    ):
-        BatchSize(16, fixed=True).map(work, list(range(7)))
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"),
+    [
+        (16, "choose a smaller --batch_size, or load the models in fewer bits"),
+        (1, "load the models in fewer bits"),
+    ],
+)
+def test_what_to_do_when_a_fixed_batch_does_not_fit(size, advice):
+    def work(items):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(RunFailed) as refusal:
+        BatchSize(size, fixed=True).map(work, list(range(7)))
+    assert str(refusal.value) == f"out of memory at batch size {size}; {advice}"
 
 
 def test_another_error_is_not_taken_for_memory():

@@ -38,6 +38,22 @@ def test_what_is_measured(tmp_path):
     assert ratios["tokens_per_second"] == speeds[0] / speeds[1]
 
 
+@pytest.mark.parametrize("smaller", ["student", "teacher"])
+def test_both_are_timed_with_the_batch_that_fits_both(tmp_path, smaller):
+    rows = [{"id": "q", "source": "s", "question": "Why?", "reference": "So."}]
+    write_rows(tmp_path / "data/processed/test.jsonl", rows)
+    pair = tiny_pair()
+
+    def refuse_more_than_four(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = {"student": pair.student, "teacher": pair.teacher}[smaller].model
+    model.register_forward_pre_hook(refuse_more_than_four, with_kwargs=True)
+    found = speed.evaluate(pair, tmp_path / "data", Options(), ItemStore(tmp_path / "store"))
+    assert (found["student"]["batch_size"], found["teacher"]["batch_size"]) == (4, 4)
+
+
 def test_answers_have_the_length_asked_for():
     """Also where the model would end at once: its likeliest token is EOS."""
     subject = tiny_pair().student
