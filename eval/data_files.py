@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ ADVICE = "make the data with: python -m data_prep.build --out DIR (--sample: a s
 def read_rows(
     path: Path, limit: int | None = None, columns: dict[str, Any] | None = None
 ) -> list[dict]:
-    """The first `limit` rows of a JSONL file; None for all.
+    """The first `limit` rows of a JSONL file; None for all. Blank lines are none.
 
     Args:
         columns: What every row has besides an `id`: name → type, a list of one such, or a mapping of these; a name
@@ -28,7 +29,8 @@ def read_rows(
     rows, seen = [], {}
     try:
         with path.open("rb") as lines:
-            for number, line in islice(enumerate(lines, start=1), limit):
+            filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            for number, line in islice(filled, limit):
                 row = _row(path, number, line, {"id": str, **(columns or {})})
                 first = seen.setdefault(row["id"], number)
                 if first != number:
@@ -81,19 +83,24 @@ def _problem(value: Any, wanted: Any, name: str) -> str | None:
     return None
 
 
-def require(data: Path, patterns: list[str]) -> list[Path]:
+def absent(data: Path, patterns: Sequence[str]) -> str | None:
+    """What is not there: the first pattern below `data` that nothing matches, and what to do; None if all match."""
+    for pattern in patterns:
+        if not any(data.glob(pattern)):
+            return f"{data / pattern}: no such file; {ADVICE}"
+    return None
+
+
+def require(data: Path, patterns: Sequence[str]) -> list[Path]:
     """The files below `data` that match, sorted.
 
     Raises:
         UserError: nothing matches one of the patterns.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        matching = sorted(data.glob(pattern))
-        if not matching:
-            raise UserError(f"{data / pattern}: no such file; {ADVICE}")
-        found.update(matching)
-    return sorted(found)
+    problem = absent(data, patterns)
+    if problem is not None:
+        raise UserError(problem)
+    return sorted({path for pattern in patterns for path in data.glob(pattern)})
 
 
 def digests(data: Path, files: list[Path]) -> dict[str, str]:

@@ -8,6 +8,7 @@ are compared as texts.
 Pairs with different tokenizers have no tokens in common: they get bits per byte and the texts.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from medistill_trl.teacher import (
 )
 from medistill_trl.vocabulary import shared_vocabulary
 
+logger = logging.getLogger(__name__)
+
 FILES = [FILE]
 EXAMPLES_PER_CHUNK = 64  # so many are lost if the evaluation is killed
 TERMS = (
@@ -53,8 +56,15 @@ TERMS = (
 NO_TEACHER = "there is no teacher to compare with; name one with --teacher"
 OTHER_TOKENIZERS = (
     "the tokenizers differ, so the two models' distributions are over different things: KL, JS, overlap "
-    "and mass are not defined; bits per byte and the texts are"
+    "and mass are not defined; bits per byte and the texts are, and so is the divergence over the options of a "
+    "benchmark's questions (retention, option_js_nats)"
 )
+
+
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`: no question that fits both models."""
+    if pair.teacher is not None:
+        read_questions(pair, data, options)
 
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
@@ -62,6 +72,8 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     if pair.teacher is None:
         return {"skipped": NO_TEACHER}
     questions = read_questions(pair, data, options)
+    for line in questions.left_out:
+        logger.warning("%s: left out %s", FILE, line)
     prompts, longest = questions.prompts, new_tokens(pair, options)
     sampling = Sampling(longest, options.prefix_temperature)
     measure = Measure.of(pair, options, store)
@@ -78,7 +90,7 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     text, records = compare_texts(ids, *greedy, options.encoder, store.folder)
     return {
         "questions": len(prompts),
-        "questions_left_out": questions.left_out,
+        "questions_left_out": len(questions.left_out),
         "sampling": sampling.to_dict(),
         "shared_vocabulary": measure.shared,
         "prefixes": prefixes,
@@ -248,5 +260,7 @@ def mean_of_examples(records: Sequence[dict], name: str) -> Estimate:
 
 
 def bits_per_byte(records: Sequence[dict], name: str) -> Estimate:
+    """Answers without text are left out: their end token has no bytes to be counted on."""
+    records = [record for record in records if record["bytes"]]
     bits = [record[name] / math.log(2) for record in records]
     return ratio_interval(bits, [record["bytes"] for record in records])

@@ -12,12 +12,30 @@ class Fitted:
     """A prompt that leaves room for an answer.
 
     Args:
-        prompt: As rendered for the model.
+        prompt: As rendered for the model; None where not even the question without passages fits.
         shortened: Whether passages lost their end for it.
     """
 
-    prompt: str
+    prompt: str | None
     shortened: bool
+
+    @property
+    def too_long(self) -> bool:
+        return self.prompt is None
+
+
+def check_room(subjects: Sequence[Subject], answer_tokens: int, flag: str) -> None:
+    """Refuse answers that leave no room for any question.
+
+    Raises:
+        UserError: naming the flag, such as `answer_tokens`.
+    """
+    for subject in subjects:
+        if subject.context_length is not None and answer_tokens >= subject.context_length:
+            raise UserError(
+                f"--{flag}: must be below {subject.context_length}, the tokens that the {subject.name} "
+                f"{subject.source} attends to, got {answer_tokens}"
+            )
 
 
 def fit(
@@ -25,17 +43,12 @@ def fit(
     ask: Callable[[Sequence[str]], str],
     passages: Sequence[str],
     answer_tokens: int,
-    name: str,
 ) -> Fitted:
     """Ask with as much of the passages as the model can attend to, the longest cut first.
 
     Args:
         ask: From the passages to the question as a user would put it.
         answer_tokens: Room left for the answer.
-        name: Of the row, for the error.
-
-    Raises:
-        UserError: not even the question without passages fits.
     """
     room = None
     if subject.context_length is not None:
@@ -52,11 +65,7 @@ def fit(
         return Fitted(prompt, False)
     shortest = attempt(0)
     if shortest is None:
-        raise UserError(
-            f"{name}: the question alone leaves no room for {answer_tokens} tokens of answer, since the "
-            f"{subject.name} {subject.source} attends to {subject.context_length} tokens; lower the "
-            "number of answer tokens, or leave the row out of the data"
-        )
+        return Fitted(None, False)
     low, high = 0, max(len(passage.split()) for passage in passages)
     while high - low > 1:  # `low` words of each passage fit, `high` do not
         middle = (low + high) // 2

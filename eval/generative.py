@@ -9,17 +9,18 @@ are is a rate of its own.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lm_eval.utils import hash_string
 
-from eval.answers import draw_answers
+from eval.answers import draw_answers, writing_batches
+from eval.batching import BatchSize
 from eval.benchmarks import describe
-from eval.fitting import fit
+from eval.fitting import check_room, fit
 from eval.item_store import ItemStore
 from eval.options import Options
-from eval.questions import Benchmark, load_benchmarks
+from eval.questions import Benchmark, load_benchmarks, log_skipped
 from eval.statistics import macro_f1, wilson
 from eval.subjects import Pair, Subject
 from medistill_trl.answer_matching import LABELS, matches
@@ -55,9 +56,21 @@ DETERMINER = re.compile(
 )
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`."""
+    load_benchmarks(data, replace(_as_asked(options), limit=1))
+    protocol = Protocol.of(pair.recipe, options)
+    check_room(pair.subjects, protocol.max_new_tokens, "generative_tokens")
+
+
+def _as_asked(options: Options) -> Options:
+    """Examples and other orders of the options are for likelihoods, so they keep nothing from being asked here."""
+    return replace(options, few_shot=0, option_shuffles=0)
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Every benchmark that is there, for both models; see `docs/evaluation.md` for the result's keys."""
-    benchmarks, skipped = load_benchmarks(data, options)
+    benchmarks, skipped = load_benchmarks(data, _as_asked(options))
     protocol = Protocol.of(pair.recipe, options)
     result: dict = {
         "protocol": "reasoning, then the answer" if protocol.reasoning else "the answer alone",
@@ -66,11 +79,13 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     result |= {name: describe(benchmark) for name, benchmark in benchmarks.items()}
     items = []
     for subject in pair.subjects:
+        batches = writing_batches(options)
         for name, benchmark in benchmarks.items():
-            found = answer(subject, benchmark, protocol, options, store)
+            found = answer(subject, benchmark, protocol, batches, store)
             result[name][subject.name] = score(benchmark, found)
             items += found
     if skipped:
+        log_skipped(skipped)
         result["skipped"] = skipped
     return result | {"items": items}
 
@@ -189,7 +204,11 @@ def _bare(piece: str) -> str:
 
 
 def answer(
-    subject: Subject, benchmark: Benchmark, protocol: Protocol, options: Options, store: ItemStore
+    subject: Subject,
+    benchmark: Benchmark,
+    protocol: Protocol,
+    batches: BatchSize,
+    store: ItemStore,
 ) -> list[dict]:
     """One record an item: what was written, which option that is (`choice`, None if none) and whether it is right."""
     rows = [question.doc for question in benchmark.questions]
@@ -199,7 +218,6 @@ def answer(
             lambda kept, row=row: protocol.ask(subject.name, benchmark.name, row, kept),
             [row["context"]],
             protocol.max_new_tokens,
-            f"{benchmark.name}, row {row['id']}",
         )
         for row in rows
     ]
@@ -207,12 +225,13 @@ def answer(
         subject,
         [prompt.prompt for prompt in prompts],
         Sampling(protocol.max_new_tokens),
-        options.batch_size,
+        batches,
         store,
         f"{subject.name}: written answers, {benchmark.name}",
     )
     return [
-        record(benchmark.name, subject.name, row, completion, protocol) | {"shortened": p.shortened}
+        record(benchmark.name, subject.name, row, completion, protocol)
+        | {"shortened": p.shortened, "too_long": p.too_long}
         for row, completion, p in zip(rows, drawn, prompts, strict=True)
     ]
 
@@ -249,5 +268,6 @@ def score(benchmark: Benchmark, records: Sequence[dict]) -> dict:
         ),
         "cut_at_limit": sum(not record["finished"] for record in records),
         "context_shortened": sum(record["shortened"] for record in records),
+        "too_long": sum(record["too_long"] for record in records),
         "predictions": {**predictions, "unparsed": counts[None]},
     }

@@ -35,12 +35,17 @@ LONGEST_DEFAULT_WINDOW = 2048
 DOCUMENTS_PER_CHUNK = 64  # so many are encoded at a time, and lost if the evaluation is killed
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`: a row without text, a window too wide."""
+    read_rows(data / FILES[0], options.limit, COLUMNS)
+    check_window(pair, *window_and_stride(pair, options))
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Both models on the same documents; see `docs/evaluation.md` for the result's keys."""
     documents = read_rows(data / FILES[0], options.limit, COLUMNS)
     documents = [{"id": row["id"], "text": row["text"]} for row in documents]
-    window = options.window or default_window(pair)
-    stride = options.stride or max(1, window // 2)
+    window, stride = window_and_stride(pair, options)
     check_window(pair, window, stride)
     records = {
         subject.name: score(subject, documents, window, stride, options.batch_size, store)
@@ -52,6 +57,11 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
         result["student_minus_teacher"] = difference(pair, records)
     items = [{"subject": name, **row} for name, rows in records.items() for row in rows]
     return {**result, "items": items}
+
+
+def window_and_stride(pair: Pair, options: Options) -> tuple[int, int]:
+    window = options.window or default_window(pair)
+    return window, options.stride or max(1, window // 2)
 
 
 def default_window(pair: Pair) -> int:

@@ -225,6 +225,13 @@ def test_bits_per_byte_of_gold(measured):
     assert found == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
 
 
+def test_an_empty_answers_end_token_is_not_counted_on_no_bytes():
+    """As where tokenizers differ, which leaves empty answers out."""
+    rows = [{"student_nats": 8 * math.log(2), "bytes": 4}, {"student_nats": 5.0, "bytes": 0}]
+    found = fidelity.bits_per_byte(rows, "student_nats")
+    assert (found.value, found.n) == (2, 1)
+
+
 def test_a_model_against_itself(measure):
     result = measure(tiny_pair(student_seed=None))
     for name in SETS:
@@ -245,7 +252,7 @@ def test_a_shuffled_vocabulary_is_near_the_worst(measure):
     sharp = {"teacher": teacher, "student": student.model}
     for model in sharp.values():  # tiny models are nearly uniform, and then all are alike
         model.get_output_embeddings().weight.data.mul_(8)
-    result = measure(Pair(student, pair.teacher, pair.recipe, 42))
+    result = measure(Pair(student, pair.teacher, pair.recipe))
     found = result["prefixes"]["gold"]["micro"]
     assert found["js_nats"]["value"] > 0.9 * math.log(2)
     assert found["kl_teacher_student_nats"]["value"] > 5
@@ -273,7 +280,6 @@ def test_other_tokenizers_get_what_is_defined(measure):
         tiny_subject("student", small, make_model(len(small), seed=3), "small"),
         tiny_subject("teacher", large, make_model(len(large), seed=4), "large"),
         {"teacher_max_new_tokens": 8},
-        42,
     )
     result = measure(pair)
     assert result["shared_vocabulary"] is None
@@ -297,7 +303,7 @@ def test_models_with_prompts_of_their_own(measure, measured):
     pair = measured[0]
     asked = PromptFormat(pair.student.form.tokenizer, "Answer briefly.")
     student = replace(pair.student, form=asked)
-    found = measure(Pair(student, pair.teacher, pair.recipe, 42))["prefixes"]["gold"]
+    found = measure(Pair(student, pair.teacher, pair.recipe))["prefixes"]["gold"]
     assert found["tokens"] == measured[1]["prefixes"]["gold"]["tokens"]
     before = measured[1]["prefixes"]["gold"]["micro"]
     assert found["micro"]["teacher_nats"]["value"] == pytest.approx(
@@ -335,7 +341,7 @@ def test_stored_results_need_no_model(measure, tmp_path):
 
     pair = tiny_pair()
     again = [replace(subject, load=refuse) for subject in pair.subjects]
-    assert measure(Pair(*again, pair.recipe, pair.seed), store) == first
+    assert measure(Pair(*again, pair.recipe), store) == first
     assert store.computed == computed
 
 
@@ -353,7 +359,7 @@ def test_sampled_prefixes_are_kept(measure, tmp_path):
 
 def test_what_cannot_be_measured_says_why(measure, tmp_path):
     pair = tiny_pair()
-    alone = measure(Pair(pair.student, None, None, 42))
+    alone = measure(Pair(pair.student, None, None))
     assert "--teacher" in alone["skipped"]
     result = measure(pair, encoder=str(tmp_path / "nowhere"))
     assert "cannot be loaded" in result["text"]["semantic_similarity"]["skipped"]

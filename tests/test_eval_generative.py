@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from tiny_subjects import write_rows
 
+from eval import benchmarks
 from eval.generative import Protocol, evaluate, named_option, score, stated_option
 from eval.item_store import ItemStore
 from eval.options import ModelOptions, Options
@@ -156,13 +158,21 @@ def test_a_recipe_without_rationales_asks_for_the_answer_alone():
 def test_what_cannot_be_read_is_wrong(sample_build):
     benchmark = load_benchmarks(sample_build[0], Options(limit=4, benchmarks=["medqa"]))[0]["medqa"]
     records = [
-        {"choice": choice, "answer": 1, "right": choice == 1, "finished": True, "shortened": False}
+        {
+            "choice": choice,
+            "answer": 1,
+            "right": choice == 1,
+            "finished": True,
+            "shortened": False,
+            "too_long": choice is None,
+        }
         for choice in (1, 1, 0, None)
     ]
     found = score(benchmark, records)
     assert found["accuracy"]["value"] == 2 / 4
     assert found["unparsed"]["value"] == 1 / 4
     assert found["accuracy_of_parsed"]["value"] == 2 / 3
+    assert found["too_long"] == 1
     assert found["predictions"] == {"A": 1, "B": 2, "C": 0, "D": 0, "unparsed": 1}
     # F1: A 0, B 2 · 2/(2 · 2 + 0 + 2).
     assert found["macro_f1"] == pytest.approx((0 + 4 / 6) / 2)
@@ -178,6 +188,21 @@ def test_an_abstract_too_long_for_the_model_is_shortened(
     short = replace(pair, student=replace(pair.student, context_length=150))
     cut = evaluate(short, sample_build[0], options, store)["pubmedqa"]["student"]
     assert (whole["context_shortened"], cut["context_shortened"]) == (0, 2)
+
+
+def test_a_question_that_leaves_no_room_is_counted_and_not_asked(
+    teacher_folder, model_cache, tmp_path
+):
+    row = {"id": "t1", "question": "Which nerve?", "options": NERVES, "answer": 2}
+    long = row | {"id": "t2", "question": "Which nerve? " * 400}
+    write_rows(tmp_path / "benchmarks/medqa.jsonl", [long, row])
+    write_rows(tmp_path / "benchmarks/few_shot/medqa.jsonl", [row])
+    pair = load_models(ModelOptions(model=str(teacher_folder)))
+    options = Options(benchmarks=["medqa"], generative_tokens=8)
+    found = evaluate(pair, tmp_path, options, ItemStore(tmp_path / "store"))
+    assert found["medqa"]["student"]["too_long"] == 1
+    assert [record["too_long"] for record in found["items"]] == [True, False]
+    assert (found["items"][0]["text"], found["items"][0]["choice"]) == ("", None)
 
 
 @pytest.mark.parametrize("recipe", [None, COT], ids=["plain", "reasoning"])
@@ -198,3 +223,19 @@ def test_answers_are_the_same_whatever_the_batch_size(
     assert len(records) == 2 * 5 * 3
     assert {record["finished"] for record in records} <= {True, False}
     assert all(record["right"] == (record["choice"] == record["answer"]) for record in records)
+
+
+def test_examples_for_likelihoods_keep_nothing_from_being_asked_in_writing(
+    teacher_folder, model_cache, tmp_path, caplog
+):
+    """There is one example, and it also stands in the benchmark."""
+    row = {"id": "t1", "question": "Which nerve?", "options": NERVES, "answer": 2}
+    for place in ("medqa", "few_shot/medqa"):
+        write_rows(tmp_path / f"benchmarks/{place}.jsonl", [row])
+    pair = load_models(ModelOptions(model=str(teacher_folder)))
+    options = Options(few_shot=4, benchmarks=["medqa"], generative_tokens=2)
+    found = evaluate(pair, tmp_path, options, ItemStore(tmp_path / "store"))
+    assert found["medqa"]["num_items"] == 1
+    by_likelihood = benchmarks.evaluate(pair, tmp_path, options, ItemStore(tmp_path / "store"))
+    assert "choose a smaller --few_shot" in by_likelihood["skipped"]["medqa"]
+    assert "benchmark medqa is skipped: only 1 few-shot examples" in caplog.text

@@ -218,7 +218,13 @@ def _read_fidelity(rows: list[dict]) -> dict[str, Column]:
         for term in FIDELITY if shared else ():
             found[f"fidelity.{name}.{term}"] = _column(own, item, _get(term), _get("tokens"))
         nats = "student_nats" if shared else "nats"
-        found[f"fidelity.{name}.bits_per_byte"] = _column(own, item, _bits(nats), _get("bytes"))
+        bits = _bits(nats)
+        found[f"fidelity.{name}.bits_per_byte"] = _column(
+            own,
+            item,
+            lambda row, bits=bits: bits(row) if row["bytes"] else 0.0,  # of an end token alone
+            _get("bytes"),
+        )
     texts = [row for row in rows if "texts" in row]
     for name in TEXTS:
         if texts and name in texts[0]:
