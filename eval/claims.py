@@ -3,7 +3,8 @@
     Statins lower LDL cholesterol [1][2]. They act on HMG-CoA reductase, e.g. in the liver. [2]
 
 has two claims, which cite 1 and 2, and 2. A claim is a sentence that states something: a question, a heading and
-a bare verdict (Yes. / The claim is false.) are none, and a repeated sentence is counted once.
+a bare verdict (Yes. / The claim is false.) are none, and a repeated sentence is counted once. Nor is an abstention (The
+passages do not say whether it helps.): it speaks of the passages, which therefore cannot entail it.
 """
 
 import re
@@ -49,6 +50,33 @@ _MIXED_CASE = re.compile(r"[a-zα-ω]{1,2}[A-Z]")
 _VERDICT = re.compile(
     rf"{LEAD_IN}(?:{'|'.join(pattern for family in LABELS.values() for pattern in family.values())})"
 )
+_PASSAGES = (
+    r"(?:(?:the|this|that|these|those|any|all|either|of|provided|given|available|numbered|above|supplied) )*"
+    r"(?:evidence|passages?|texts?|excerpts?|context|documents?|sources?|information)"
+    r"(?: (?:provided|given|available|above|supplied))?"
+)
+_SILENT = r"(?:do|does|did|is|are|can)(?: not|n['’]?t)(?: \w+ly)? (?:\w+ )?"
+_SAYING = (
+    r"(?:say|state|mention|specify|address|answer|discuss|tell|explain|clarify|cover|detail"
+    r"|(?:enough|sufficient) to (?:answer|say|tell|determine|decide)"
+    r"|(?:contain|provide|include|give|offer|have)s? (?:\w+ ){0,3}(?:information|evidence|answer|details?|data))"
+)
+_DECIDE = r"(?:answer|say|tell|determine|conclude|decide|know|assess|judge|confirm)"
+# Of all of a sentence, so that "… do not say so, but aspirin lowers fever" is still a claim.
+_ABSTENTION = re.compile(
+    r"(?:(?:unfortunately|however|thus|therefore|so|overall|but|based on [^,]+|from [^,]+|according to [^,]+),? )?(?:"
+    rf"{_PASSAGES} {_SILENT}{_SAYING}\b"
+    rf"|(?:none|neither) of {_PASSAGES} {_SAYING}s?\b"
+    rf"|(?:i|we) (?:cannot|can not|can['’]?t|could not|(?:am|are) (?:unable|not able) to) {_DECIDE}\b"
+    r"|(?:i|we) (?:do not|don['’]?t) (?:know|have (?:enough|sufficient|any))\b"
+    rf"|(?:it|this|the question|the answer) (?:cannot|can not|can['’]?t|could not) be (?:answered|determined|known|"
+    rf"said|decided|concluded)\b"
+    rf"|it is (?:not (?:clear|possible|known)|unclear|impossible)\b.* (?:from|by|in|based on|given|with) {_PASSAGES}\b"
+    rf"|there is (?:no|not enough|insufficient) information\b"
+    rf"|there is (?:no|not enough|insufficient) evidence (?:here |given |provided )?to {_DECIDE} (?:this|the) question"
+    r")(?!.*\b(?:but|however|although|though|yet|nevertheless)\b)",
+    re.I | re.S,
+)
 _WORDS = re.compile(r"[^\W\d_]{2,}\W(?:.*\W)?[^\W\d_]{2,}")
 
 
@@ -73,11 +101,13 @@ class Claims:
         claims: In order.
         repeated: Sentences that say word for word what an earlier one says.
         cut: Whether the last sentence was left out, since the length limit ended it.
+        abstentions: Sentences that say no more than that the passages, or the model, cannot answer.
     """
 
     claims: tuple[Claim, ...]
     repeated: int = 0
     cut: bool = False
+    abstentions: int = 0
 
 
 def claims(answer: str, finished: bool = True) -> Claims:
@@ -88,17 +118,20 @@ def claims(answer: str, finished: bool = True) -> Claims:
         finished: False if it was cut at the length limit: then what follows the last full stop is no claim.
     """
     found: dict[str, Claim] = {}
-    repeated = 0
+    repeated = abstentions = 0
     parts = sentences(answer)
     cut = not finished and bool(parts) and not _ends(parts[-1])
     for sentence in parts[:-1] if cut else parts:
         claim = _claim(sentence)
         if claim is None:
             continue
+        if _ABSTENTION.match(claim.text):
+            abstentions += 1
+            continue
         key = " ".join(claim.text.lower().split()).rstrip(".")
         repeated += key in found
         found.setdefault(key, claim)
-    return Claims(tuple(found.values()), repeated, cut)
+    return Claims(tuple(found.values()), repeated, cut, abstentions)
 
 
 def sentences(text: str) -> list[str]:

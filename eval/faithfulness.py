@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
-from eval.answers import draw_answers
+from eval.answers import draw_answers, writing_batches
 from eval.claims import Claim, claims
 from eval.data_files import read_rows
 from eval.faithfulness_rates import (
@@ -21,7 +21,7 @@ from eval.faithfulness_rates import (
     sentence,
     student_minus_teacher,
 )
-from eval.fitting import Fitted, fit
+from eval.fitting import Fitted, check_room, fit
 from eval.item_store import ItemStore
 from eval.options import Options
 from eval.subjects import Pair, Subject
@@ -48,13 +48,24 @@ NO_VERIFIER = (
 )
 
 
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`: a row without its columns, no such verifier."""
+    read_rows(data / FILES[0], options.limit, COLUMNS)
+    check_room(pair.subjects, options.answer_tokens, "answer_tokens")
+    _verifier(options)
+
+
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """Both models on the same prompts; see `docs/evaluation.md` for the result's keys."""
     rows = read_rows(data / FILES[0], options.limit, COLUMNS)
-    verifier = None
-    if options.verifier is not None:
-        verifier = CrossEncoderVerifier(options.verifier, options.batch_size)
-    return measure(pair, rows, verifier, options, store)
+    return measure(pair, rows, _verifier(options), options, store)
+
+
+def _verifier(options: Options) -> Verifier | None:
+    """Found and its labels read; its weights are loaded when it judges."""
+    if options.verifier is None:
+        return None
+    return CrossEncoderVerifier(options.verifier, options.batch_size)
 
 
 def measure(
@@ -107,7 +118,6 @@ def fitted_prompts(subject: Subject, rows: list[dict], answer_tokens: int) -> li
             lambda kept, question=row["question"]: ask(question, kept),
             _texts(row),
             answer_tokens,
-            f"{FILES[0]}, row {row['id']}",
         )
         for row in rows
     ]
@@ -120,7 +130,7 @@ def answer(subject: Subject, rows: list[dict], options: Options, store: ItemStor
         subject,
         [prompt.prompt for prompt in prompts],
         Sampling(options.answer_tokens),
-        options.batch_size,
+        writing_batches(options),
         store,
         f"answers of the {subject.name} with evidence",
     )
@@ -131,6 +141,7 @@ def answer(subject: Subject, rows: list[dict], options: Options, store: ItemStor
             completion.text,
             completion.finished,
             prompt.shortened,
+            prompt.too_long,
             claims(completion.text, completion.finished),
         )
         for row, prompt, completion in zip(rows, prompts, drawn, strict=True)
@@ -167,7 +178,7 @@ def judge_items(
             for found in judge_claims(answers, verifier)
         ]
 
-    key = {"measure": "claims against evidence, version 1", "verifier": verifier.fingerprint}
+    key = {"measure": "claims against evidence, version 2", "verifier": verifier.fingerprint}
     records = store.records(key, items, compute, PROMPTS_PER_CHUNK, label)
     return [
         [

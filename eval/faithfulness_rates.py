@@ -29,6 +29,7 @@ class Answer:
         text: As written.
         finished: False if the length limit ended it.
         shortened: Whether the model saw the passages without their ends.
+        too_long: Whether not even the question without passages fits the model, so that it was not asked.
         claims: What the text states.
         judged: The claims with the verifier's verdicts; None without a verifier.
     """
@@ -38,6 +39,7 @@ class Answer:
     text: str
     finished: bool
     shortened: bool
+    too_long: bool
     claims: Claims
     judged: list[JudgedClaim] | None = None
 
@@ -60,11 +62,17 @@ def rates(answers: Sequence[Answer], verifier: dict) -> dict:
 
 def _answers(answers: Sequence[Answer]) -> dict:
     empty = [not answer.claims.claims for answer in answers]
+    abstained = [
+        none and answer.claims.abstentions > 0 for none, answer in zip(empty, answers, strict=True)
+    ]
     return {
         "without_claims": wilson(sum(empty), len(empty)).to_dict(),
+        "abstained": wilson(sum(abstained), len(abstained)).to_dict(),
         "cut_at_limit": sum(not answer.finished for answer in answers),
         "evidence_shortened": sum(answer.shortened for answer in answers),
+        "questions_too_long": sum(answer.too_long for answer in answers),
         "claims": sum(len(answer.claims.claims) for answer in answers),
+        "abstaining_sentences": sum(answer.claims.abstentions for answer in answers),
         "repeated_sentences": sum(answer.claims.repeated for answer in answers),
         "unfinished_sentences_left_out": sum(answer.claims.cut for answer in answers),
     }
@@ -104,18 +112,19 @@ def _claims(answers: Sequence[Answer]) -> dict:
         **{name: share.to_dict() for name, share in shares.items()},
         "hallucination": hallucinated.to_dict(),
         "faithfulness_by_answer": clustered_mean(faithful, [a.id for a in stating]).to_dict(),
-        "premises_cut": sum(cut),
-        "premises": len(cut),
+        "pairs_cut": sum(cut),
+        "pairs": len(cut),
     }
 
 
 def _upheld(answers: Sequence[Answer]) -> dict:
-    """Citation recall over claims and precision over citations (ALCE)."""
+    """Citation recall over claims and precision over citations; those of claims with an invented one are not counted
+    (ALCE)."""
     precise, clusters = [], []
     for answer in answers:
         for claim in answer.judged:
-            precise += [claim.is_precise(number) for number in claim.claim.citations]
-            clusters += [answer.id] * len(claim.claim.citations)
+            precise += [claim.is_precise(number) for number in claim.cited]
+            clusters += [answer.id] * len(claim.cited)
     recall = _over_claims(answers, lambda answer, n: answer.judged[n].is_recalled)
     return {
         "recall": recall.to_dict(),

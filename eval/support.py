@@ -2,7 +2,8 @@
 
 A claim is `supported` if some passage entails it, `contradicted` if a passage contradicts it more surely than any
 entails it, `unsupported` otherwise. Citations are judged as in ALCE (Gao et al. 2023, arXiv 2305.14627): do the
-cited passages together entail the claim, and is each of them needed? Passages are numbered from 1.
+cited passages together entail the claim, and is each of them needed? A claim that cites a passage which is not there
+is not recalled, and its citations have no precision. Passages are numbered from 1.
 """
 
 from collections.abc import Sequence
@@ -49,23 +50,20 @@ class JudgedClaim:
         return CONTRADICTED if self.contradiction >= THRESHOLD else UNSUPPORTED
 
     @property
-    def existing(self) -> Passages:
-        """The citations for which there is a passage."""
-        return existing(self.claim, self.passages)
+    def cited(self) -> Passages:
+        """The passages that count as cited, see `cited`."""
+        return cited(self.claim, self.passages)
 
     @property
     def is_recalled(self) -> bool:
-        """Whether the cited passages together entail the claim; not so without citations."""
-        return bool(self.existing) and self._entails(self.existing)
+        """Whether the cited passages together entail the claim; not so without citations, or with an invented one."""
+        return self._entails(self.cited)
 
     def is_precise(self, citation: int) -> bool:
-        """Whether a citation helps: the claim is recalled, and this passage entails it alone or the others do not.
-
-        An invented citation helps nothing.
-        """
-        if citation not in self.existing or not self.is_recalled:
+        """Whether a citation helps: the claim is recalled, and this passage entails it alone or the others do not."""
+        if not self.is_recalled:
             return False
-        return self._entails((citation,)) or not self._entails(_without(self.existing, citation))
+        return self._entails((citation,)) or not self._entails(_without(self.cited, citation))
 
     @property
     def _numbers(self) -> range:
@@ -83,11 +81,17 @@ def existing(claim: Claim, passages: int) -> Passages:
     return tuple(sorted(number for number in claim.citations if 1 <= number <= passages))
 
 
+def cited(claim: Claim, passages: int) -> Passages:
+    """The passages a claim rests on by its citations; none if one of them is invented."""
+    found = existing(claim, passages)
+    return found if len(found) == len(claim.citations) else ()
+
+
 def wanted(claim: Claim, passages: int) -> list[Passages]:
     """The premises a claim must be judged against, each once."""
     alone = [(number,) for number in range(1, passages + 1)]
-    cited = existing(claim, passages)
-    together = [cited, *(_without(cited, number) for number in cited)]
+    named = cited(claim, passages)
+    together = [named, *(_without(named, number) for number in named)]
     return list(dict.fromkeys([*alone, *filter(None, together)]))
 
 

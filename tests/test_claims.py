@@ -126,6 +126,47 @@ def test_no_claim(text):
     assert claims(text).claims == ()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The evidence does not say whether aspirin helps.",
+        "The provided evidence does not contain information about the dose [1].",
+        "The passages don't mention aspirin.",
+        "The evidence provided is not sufficient to answer the question.",
+        "None of the passages mention aspirin.",
+        "I cannot answer this from the passages.",
+        "Based on the evidence, I am unable to determine the dose.",
+        "I don't know the answer.",
+        "Unfortunately, the question cannot be answered.",
+        "It is unclear from the evidence whether aspirin helps.",
+        "There is not enough information to answer the question.",
+        "There is no evidence to answer this question.",
+    ],
+)
+def test_an_abstention_is_no_claim(text):
+    found = claims(f"{text} Aspirin lowers fever [1].")
+    assert [claim.text for claim in found.claims] == ["Aspirin lowers fever."]
+    assert found.abstentions == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The evidence does not support the use of aspirin.",
+        "The evidence is not sufficient to recommend aspirin.",
+        "There is no evidence that aspirin helps.",
+        "It is unclear whether aspirin helps.",
+        "The passages do not say so, but aspirin lowers fever.",
+        "The study did not report serious adverse events.",
+        "Patients cannot answer questions after anaesthesia.",
+        "Information leaflets do not clearly explain the risks to patients who cannot read, but films do.",
+    ],
+)
+def test_what_is_found_to_be_unknown_is_a_claim(text):
+    found = claims(text)
+    assert (len(found.claims), found.abstentions) == (1, 0)
+
+
 def test_repeated_sentences_count_once():
     found = claims("Rest helps. Ice helps. REST helps. Rest  helps [1].")
     assert [claim.text for claim in found.claims] == ["Rest helps.", "Ice helps."]

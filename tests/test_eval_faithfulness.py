@@ -203,7 +203,7 @@ def test_rates_of_crafted_answers(result):
     assert result["verifier"]["other_evidence"]["claims"] == 1
     assert citations["existence"]["value"] == pytest.approx(4 / 6)
     assert citations["recall"]["value"] == pytest.approx(2 / 6)
-    assert citations["precision"]["value"] == pytest.approx(2 / 6)
+    assert citations["precision"]["value"] == pytest.approx(2 / 4)  # without the two invented ones
     # The teacher says the same everywhere, and where there is no evidence even that is not supported.
     teacher = result["teacher"]["claims"]
     assert teacher["hallucination"]["value"] == pytest.approx(2 / 12)
@@ -265,8 +265,14 @@ def test_evidence_too_long_for_the_model_is_shortened(pair):
     length = len(form.encode(fitted[0].prompt))
     assert 470 < length <= 512 - 24  # of what it attends to, as much as there is room for
     assert HIP in fitted[0].prompt  # the longest passage gives way
-    with pytest.raises(UserError, match=r"row supported.*leaves no room for 500 tokens"):
-        fitted_prompts(pair.student, ROWS, 500)
+
+
+def test_a_question_that_leaves_no_room_is_counted_and_not_asked(pair, tmp_path):
+    rows = [{**ROWS[0], "id": "long", "question": "Is it? " * 400}, ROWS[0]]
+    found = measure(pair, rows, None, OPTIONS, ItemStore(tmp_path))
+    answers = found["student"]["answers"]
+    assert answers["questions_too_long"] == 1
+    assert [item["answer"] == "" for item in found["items"][:2]] == [True, False]
 
 
 def test_real_answers_do_not_depend_on_the_batch_size(pair, tmp_path):

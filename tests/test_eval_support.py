@@ -51,7 +51,7 @@ def test_the_surer_passage_decides_where_passages_disagree():
         (KNEE, (2,), False, [False]),  # the passage says something else
         (KNEE, (), False, []),  # nothing is cited
         (KNEE, (9,), False, [False]),  # no such passage
-        (KNEE, (1, 9), True, [True, False]),
+        (KNEE, (1, 9), False, [False, False]),  # one of the two is invented
         (KNEE, (1, 2), True, [True, False]),  # the second is not needed
         (HIP, (2, 3), True, [True, True]),  # each of them is enough
         ("The knee shows swelling and the hip lacks redness.", (1, 2), True, [True, True]),
@@ -68,6 +68,11 @@ def test_citations_as_alce_judges_them(text, citations, recalled, precise):
     claim = judged(text, *citations)
     assert claim.is_recalled == recalled
     assert [claim.is_precise(number) for number in citations] == precise
+
+
+def test_citations_beside_an_invented_one_have_no_precision():
+    assert judged(KNEE, 1, 9).cited == ()
+    assert judged(KNEE, 2, 1).cited == (1, 2)
 
 
 def test_mutual_entailment_is_the_lower_of_both_ways():
