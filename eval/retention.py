@@ -9,6 +9,9 @@ import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+import numpy as np
+from scipy.special import rel_entr
+
 from eval import benchmarks, generative
 from eval.item_store import ItemStore
 from eval.options import Options
@@ -18,6 +21,7 @@ from eval.statistics import (
     holm,
     mcnemar,
     minimum_detectable_effect,
+    ratio_interval,
     wilson,
 )
 from eval.subjects import Pair
@@ -27,7 +31,15 @@ logger = logging.getLogger(__name__)
 
 FILES = benchmarks.FILES
 PROTOCOLS = {"benchmarks": benchmarks, "generative": generative}
+ALPHA = 0.05
 NO_TEACHER = "there is no teacher to compare with; name one with --teacher"
+
+
+def check(pair: Pair, data: Path, options: Options) -> None:
+    """Raises UserError for what would stop `evaluate`."""
+    if pair.teacher is not None:
+        for part in PROTOCOLS.values():
+            part.check(pair, data, options)
 
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
@@ -38,6 +50,9 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     for name, part in PROTOCOLS.items():
         records = part.evaluate(pair, data, options, store)["items"]
         result[name] = compare_benchmarks(records, options.seed)
+        if part is benchmarks:
+            for benchmark, estimate in option_divergence(records).items():
+                result[name][benchmark]["option_js_nats"] = estimate
         for benchmark, found in result[name].items():
             logger.info("%s", sentence(f"{name}, {benchmark}", found))
     return result
@@ -58,15 +73,51 @@ def compare_benchmarks(records: Sequence[dict], seed: int = 0) -> dict[str, dict
             [record for record in of_both if record["subject"] == subject]
             for subject in ("student", "teacher")
         )
-        found[name] = compare(student, teacher, seed)
+        found[name] = compare(student, teacher, seed, ALPHA / len(names))
     adjusted = holm([found[name]["mcnemar_p"] for name in names])
     return {
         name: found[name] | {"mcnemar_p_holm": p} for name, p in zip(names, adjusted, strict=True)
     }
 
 
-def compare(student: Sequence[dict], teacher: Sequence[dict], seed: int = 0) -> dict:
+def option_divergence(records: Sequence[dict]) -> dict[str, dict]:
+    """Each benchmark's mean Jensen-Shannon divergence between the two models' distributions over the options.
+
+    It is defined for any two models, whatever their tokenizers: the options are the same texts for both.
+
+    Args:
+        records: Of both models, on the same items in the same order: `benchmark`, `subject`, `probabilities`.
+
+    Returns:
+        Nats, from 0 to ln 2, with an interval over items.
+    """
+    rows: dict[str, dict[str, list]] = {}
+    for record in records:
+        of = rows.setdefault(record["benchmark"], {"student": [], "teacher": []})
+        of[record["subject"]].append(record["probabilities"])
+    return {
+        name: ratio_interval(
+            list(map(jensen_shannon, of["student"], of["teacher"])), [1] * len(of["student"])
+        ).to_dict()
+        for name, of in rows.items()
+    }
+
+
+def jensen_shannon(first: Sequence[float], second: Sequence[float]) -> float:
+    """Nats. Not scipy's `jensenshannon`, whose square root is nan where rounding leaves less than 0."""
+    p, q = np.asarray(first), np.asarray(second)
+    middle = (p + q) / 2
+    return max(0.0, float((rel_entr(p, middle) + rel_entr(q, middle)).sum() / 2))
+
+
+def compare(
+    student: Sequence[dict], teacher: Sequence[dict], seed: int = 0, alpha: float = ALPHA
+) -> dict:
     """One benchmark's items, answered by both.
+
+    Args:
+        alpha: Level at which `minimum_detectable_gap` must be found; the strictest of Holm's where several
+            benchmarks are tested.
 
     Returns:
         Accuracies; `retention_gap` (teacher − student) with a paired bootstrap interval; `retention`, the student's
@@ -103,7 +154,7 @@ def compare(student: Sequence[dict], teacher: Sequence[dict], seed: int = 0) -> 
         "kappa": cohen_kappa(_choices(student), _choices(teacher)),
         "mcnemar_p": test["p_value"],
         "minimum_detectable_gap": minimum_detectable_effect(
-            len(pairs), (gained + lost) / len(pairs) if pairs else 0.0
+            len(pairs), (gained + lost) / len(pairs) if pairs else 0.0, alpha
         ),
     }
 

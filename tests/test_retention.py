@@ -1,11 +1,22 @@
 """eval/retention.py: who is right where, by hand."""
 
+import math
+
 import pytest
+from scipy.spatial.distance import jensenshannon
 
 from eval import benchmarks
 from eval.item_store import ItemStore
 from eval.options import ModelOptions, Options
-from eval.retention import compare, compare_benchmarks, evaluate, sentence
+from eval.retention import (
+    compare,
+    compare_benchmarks,
+    evaluate,
+    jensen_shannon,
+    option_divergence,
+    sentence,
+)
+from eval.statistics import minimum_detectable_effect
 from eval.subjects import load_models
 from medistill_trl.errors import UserError
 
@@ -106,6 +117,36 @@ def test_p_values_are_adjusted_over_benchmarks():
     assert [found[name]["mcnemar_p_holm"] for name in found] == [6 * 0.5**8, 4 * 0.5**6, 1]
 
 
+def test_the_smallest_gap_is_that_of_the_test_that_is_adjusted():
+    """Among five benchmarks a gap must be larger to be found than alone."""
+    answers = [0] * 200
+    rows = []
+    for name in ("a", "b", "c", "d", "e"):
+        rows += records("student", [1] * 40 + [0] * 160, answers, name)
+        rows += records("teacher", [0] * 200, answers, name)
+    among_five = compare_benchmarks(rows)["a"]["minimum_detectable_gap"]
+    alone = compare_benchmarks([row for row in rows if row["benchmark"] == "a"])["a"]
+    assert alone["minimum_detectable_gap"] == minimum_detectable_effect(200, 0.2)
+    assert among_five == minimum_detectable_effect(200, 0.2, alpha=0.01)
+    assert among_five > alone["minimum_detectable_gap"]
+
+
+def test_the_divergence_over_options_by_hand():
+    def rows(subject, *probabilities):
+        return [
+            {"benchmark": "medqa", "subject": subject, "probabilities": p} for p in probabilities
+        ]
+
+    certain, other, even = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
+    found = option_divergence(rows("student", certain, even) + rows("teacher", other, even))
+    assert found["medqa"]["value"] == pytest.approx(math.log(2) / 2)  # ln 2 and 0
+    assert found["medqa"]["n"] == 2
+    between = jensen_shannon(certain, even)
+    assert between == pytest.approx(jensenshannon(certain, even) ** 2)
+    assert between == jensen_shannon(even, certain)
+    assert jensen_shannon([0.1, 0.9], [0.1 + 1e-17, 0.9 - 1e-17]) == 0
+
+
 def test_the_part_reads_what_both_protocols_stored(
     teacher_folder, other_teacher_folder, model_cache, sample_build, tmp_path
 ):
@@ -120,5 +161,7 @@ def test_the_part_reads_what_both_protocols_stored(
     medqa = found["benchmarks"]["medqa"]
     for name in ("student", "teacher"):
         assert medqa[f"{name}_accuracy"] == measured["medqa"][name]["accuracy"]
+    assert 0 < medqa["option_js_nats"]["value"] < math.log(2)
+    assert "option_js_nats" not in found["generative"]["medqa"]
     alone = load_models(ModelOptions(model=str(teacher_folder)))
     assert "--teacher" in evaluate(alone, data, options, store)["skipped"]
