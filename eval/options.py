@@ -1,6 +1,7 @@
 """What an evaluation is asked to do, as dataclasses whose fields are the command's flags.
 
-A part that needs a setting of its own adds a field to `Options`, with `help`, and bounds to `LIMITS`.
+A part that needs a setting of its own adds a field to `Options`, with `help`, bounds to `LIMITS`, and `parts`: the
+parts whose results depend on it, where that is not all of them.
 Importing this loads no torch.
 """
 
@@ -44,62 +45,84 @@ class Options:
     batch_size: int | None = field(
         default=None,
         metadata={
+            "parts": ("speed",),
             "help": "Items in one forward. auto: on CPU 16 to write and 1 to read; on a GPU 64, halved while memory runs out.",
             "parse": batch_size,
         },
     )
     benchmarks: list[str] | None = field(
-        default=None, metadata={"help": "Only these.", "choices": BENCHMARKS}
+        default=None,
+        metadata={
+            "parts": ("benchmarks", "generative", "retention", "quantisation"),
+            "help": "Only these.",
+            "choices": BENCHMARKS,
+        },
     )
     few_shot: int = field(
-        default=0, metadata={"help": "Solved examples before each benchmark question."}
+        default=0,
+        metadata={
+            "parts": ("benchmarks", "retention", "quantisation"),
+            "help": "Solved examples before each benchmark question.",
+        },
     )
     option_shuffles: int = field(
         default=1,
         metadata={
+            "parts": ("benchmarks",),
             "help": "Other orders of the options in which lettered questions are asked once more; each "
-            "costs as much as the benchmark."
+            "costs as much as the benchmark.",
         },
     )
     seed: int = field(default=42, metadata={"help": "Of every draw."})
     window: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens read at once for perplexity; by default what both models attend to, up to 2048."
+            "parts": ("perplexity",),
+            "help": "Tokens read at once for perplexity; by default what both models attend to, up to 2048.",
         },
     )
     stride: int | None = field(
         default=None,
         metadata={
+            "parts": ("perplexity",),
             "help": "Tokens from one such window to the next; by default half a window. Fewer give each "
-            "token more context and cost more."
+            "token more context and cost more.",
         },
     )
     fidelity_questions: int = field(
         default=512,
-        metadata={"help": "Held-out questions on whose answers teacher and student are compared."},
+        metadata={
+            "parts": ("fidelity", "speed", "quantisation"),
+            "help": "Held-out questions on whose answers teacher and student are compared.",
+        },
     )
     max_new_tokens: int | None = field(
         default=None,
         metadata={
+            "parts": ("fidelity", "speed", "quantisation"),
             "help": "Longest answer drawn from either model for fidelity; by default what the run's teacher "
-            "wrote for training, 128 without a run."
+            "wrote for training, 128 without a run.",
         },
     )
     prefix_temperature: float = field(
         default=0.0,
-        metadata={"help": "Sampling temperature of the answers used as prefixes; 0 is greedy."},
+        metadata={
+            "parts": ("fidelity", "quantisation"),
+            "help": "Sampling temperature of the answers used as prefixes; 0 is greedy.",
+        },
     )
     encoder: str | None = field(
         default=None,
         metadata={
+            "parts": ("fidelity",),
             "help": "Sentence encoder for semantic similarity, a hub id or folder; by default "
-            "all-MiniLM-L6-v2."
+            "all-MiniLM-L6-v2.",
         },
     )
     teacher_quantisation: str | None = field(
         default=None,
         metadata={
+            "parts": ("quantisation",),
             "help": "Also measure what this quantisation costs the teacher; it is then loaded twice, in full "
             "precision and quantised.",
             "choices": ["nf4", "int8"],
@@ -108,24 +131,35 @@ class Options:
     verifier: str | None = field(
         default=None,
         metadata={
+            "parts": ("faithfulness",),
             "help": "Cross-encoder for natural language inference that judges claims (faithfulness): a hub id or "
-            "a folder. Without it the answers are drawn and not judged."
+            "a folder. Without it the answers are drawn and not judged.",
         },
     )
     answer_tokens: int = field(
-        default=128, metadata={"help": "Longest answer with evidence (faithfulness), in tokens."}
+        default=128,
+        metadata={
+            "parts": ("faithfulness",),
+            "help": "Longest answer with evidence (faithfulness), in tokens.",
+        },
     )
     generative_tokens: int | None = field(
         default=None,
         metadata={
+            "parts": ("generative", "retention"),
             "help": "Longest written answer to a benchmark question (generative), in tokens; by default what the "
-            "recipe allows a rationale, 32 where the run has none."
+            "recipe allows a rationale, 32 where the run has none.",
         },
     )
 
     def __post_init__(self) -> None:
         for name, limits in self.LIMITS.items():
             _check(name, getattr(self, name), limits)
+
+
+def options_of(part: str) -> set[str]:
+    """Names of the options on which a part's result depends."""
+    return {item.name for item in fields(Options) if part in item.metadata.get("parts", (part,))}
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@
 
 Results: comprehensive_evaluation.json, items/*.jsonl and report.html in outputs/RUN/results. What was
 computed once is kept (in MEDISTILL_CACHE), so an evaluation that was interrupted is continued by the same
-command. docs/evaluation.md says what the numbers are.
+command. Results of an earlier command are kept beside the new ones, or moved to results/earlier-1, -2, …
+docs/evaluation.md says what the numbers are.
 """
 
 import argparse
 import importlib
 import logging
 import os
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -29,11 +31,15 @@ from medistill_trl.errors import UserError
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.sealed_json import write_record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INTERRUPTED = 130  # exit code, as a shell gives it
+LONGEST_NAME = 200  # characters of a folder that is named after a model
+logger = logging.getLogger("eval.run")  # also when this is __main__
 
 # Name → module. A part is a module with
 #   FILES      what it reads below the data folder, as glob patterns
+#   check(pair: Pair, data: Path, options: Options) -> None
+#              raises UserError for what would stop it; run for all parts before the first one begins
 #   evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
 # Its result is JSON-able. `items`, if there, are per-item records; they go to results/items/<name>.jsonl.
 PARTS = {
@@ -50,12 +56,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command."""
+    """A checked command.
+
+    Args:
+        parts: What to measure, by name.
+        absent: Part → which of its files is not there, so that it is skipped.
+    """
 
     run: Path | None
     models: ModelOptions
     data: Path
     parts: dict[str, ModuleType]
+    absent: dict[str, str]
     out: Path
     allow_partial: bool
     options: Options
@@ -102,17 +114,39 @@ def parse(arguments: list[str]) -> Request:
     options = from_flags(Options, parsed)
     names = [name for name in PARTS if parsed.tasks is None or name in parsed.tasks]
     parts = {name: importlib.import_module(PARTS[name]) for name in names}
-    for part in parts.values():
-        data_files.require(parsed.data, part.FILES)
-    out = parsed.out or parsed.run or Path("outputs") / f"eval_{Path(models.model).stem}"
-    return Request(parsed.run, models, parsed.data, parts, out, parsed.allow_partial, options)
+    absent = _absent(parsed.data, parts)
+    if absent and (parsed.tasks is not None or len(absent) == len(parts)):
+        name, problem = next(iter(absent.items()))
+        raise UserError(f"{problem}; {name} reads it, --tasks names other parts")
+    parts = {name: part for name, part in parts.items() if name not in absent}
+    out = parsed.out or parsed.run or default_out(models)
+    return Request(
+        parsed.run, models, parsed.data, parts, absent, out, parsed.allow_partial, options
+    )
+
+
+def _absent(data: Path, parts: dict[str, ModuleType]) -> dict[str, str]:
+    problems = {name: data_files.absent(data, part.FILES) for name, part in parts.items()}
+    return {name: problem for name, problem in problems.items() if problem is not None}
+
+
+def default_out(models: ModelOptions) -> Path:
+    """outputs/eval_ and what tells a model from others: its whole name, revision, layers and bits."""
+    words = [models.model, models.revision]
+    if models.keep_layers is not None:
+        words.append(f"layers-{'-'.join(map(str, models.keep_layers))}")
+    words += ["4bit" if models.load_in_4bit else None, "8bit" if models.load_in_8bit else None]
+    name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, words))).strip("_.")
+    return Path("outputs") / f"eval_{name[-LONGEST_NAME:]}"
 
 
 def evaluate(request: Request) -> Path:
-    """Run the parts in order and write the result; returns its path."""
-    from eval import subjects
-    from eval.cost import Cost
-    from eval.item_store import ItemStore
+    """Run the parts in order; the result is written whenever one ends. Returns its path.
+
+    Raises:
+        UserError: something would stop a part; none has begun then.
+    """
+    from eval import earlier, subjects
 
     console.quiet_loading_bars()
     if request.run is not None:
@@ -120,22 +154,55 @@ def evaluate(request: Request) -> Path:
         pair = subjects.load_run(request.run, request.allow_partial, trusted)
     else:
         pair = subjects.load_models(request.models)
+    request = _with_verifier(request, pair.recipe)
+    for part in request.parts.values():
+        part.check(pair, request.data, request.options)
+    described = _describe(request, pair)
+    content = earlier.keep(request.out, described, list(request.parts)).beside(
+        described, list(request.parts)
+    )
+    for name, why in request.absent.items():
+        if name not in content["results"]:
+            logger.warning("%s is skipped: %s", name, why)
+            content["results"][name] = {"skipped": why}
     directory = RunDirectory(request.out)
-    results, items, costs = {}, {}, {}
+    if content["results"]:
+        _write(directory.evaluation, content)
     for name, part in request.parts.items():
-        store = ItemStore()
-        with Cost() as cost:
-            result = part.evaluate(pair, request.data, request.options, store)
-        items[name] = directory.write_items(name, result.pop("items", []))
-        results[name] = result
-        costs[name] = {
-            **asdict(cost),
-            "items_computed": store.computed,
-            "items_from_store": store.reused,
-        }
-    content = {**_describe(request, pair), "results": results, "items": items, "cost": costs}
-    write_record(directory.evaluation, content, finite=True)
+        result, content["cost"][name] = _measure(part, pair, request)
+        content["items"][name] = directory.write_items(name, result.pop("items", []))
+        content["results"][name] = result
+        _write(directory.evaluation, content)
     return directory.evaluation
+
+
+def _with_verifier(request: Request, recipe: dict | None) -> Request:
+    """With the recipe's verifier, where the command names none."""
+    verifier = request.options.verifier or (recipe or {}).get("verifier")
+    return replace(request, options=replace(request.options, verifier=verifier))
+
+
+def _measure(part: ModuleType, pair, request: Request) -> tuple[dict, dict]:
+    """A part's result and what it cost."""
+    from eval.cost import Cost
+    from eval.item_store import ItemStore
+    from medistill_trl.run_record import device_name, git_commit
+
+    store = ItemStore()
+    with Cost() as cost:
+        result = part.evaluate(pair, request.data, request.options, store)
+    where = {"git_commit": git_commit(), "device": device_name()}
+    counts = {"items_computed": store.computed, "items_from_store": store.reused}
+    return result, {**asdict(cost), **counts, **where}
+
+
+def _write(path: Path, content: dict) -> None:
+    """The result, its parts in the order of `PARTS`."""
+    ordered = {
+        key: {name: content[key][name] for name in PARTS if name in content[key]}
+        for key in ("results", "items", "cost")
+    }
+    write_record(path, {**content, **ordered}, finite=True)
 
 
 def _describe(request: Request, pair) -> dict:
@@ -148,7 +215,11 @@ def _describe(request: Request, pair) -> dict:
         "schema_version": SCHEMA_VERSION,
         "run": None if request.run is None else str(request.run),
         "subjects": {
-            subject.name: {"source": subject.source, "fingerprint": subject.fingerprint}
+            subject.name: {
+                "source": subject.source,
+                "fingerprint": subject.fingerprint,
+                "system_prompt": subject.form.system_prompt,
+            }
             for subject in pair.subjects
         },
         "recipe": pair.recipe,

@@ -69,7 +69,7 @@ def evaluation(recipe=RECIPE, limit=None) -> dict:
         return {role: {"accuracy": accuracy} for role, accuracy in accuracies.items()}
 
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "recipe": recipe,
         "options": {"limit": limit},
         "results": {

@@ -253,7 +253,7 @@ def write_evaluation(
     names = list(chances)
     files = sorted(path for path in data.rglob("*.jsonl"))
     content = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": str(folder),
         "subjects": {
             name: {"source": f"a {name}", "fingerprint": identity}

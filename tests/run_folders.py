@@ -146,7 +146,7 @@ def write_evaluation(folder: Path, recipe: dict, skill: float, items: int, rng) 
     results = {name: result for name, (result, _) in parts.items()}
     results["retention"] = retention(parts["benchmarks"][1])
     content = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": str(folder),
         "subjects": {
             "student": {"source": str(folder), "fingerprint": "sha256:s float32 adapter"},

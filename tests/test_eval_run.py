@@ -11,13 +11,13 @@ import time
 import pytest
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
 from sealed import read
+from evaluations import evaluate, own_store, refused, result_of
 
 from eval import compare
 from eval import run as command
 from eval.comparison.measures import FAMILIES
 from eval.comparison.result import build
 from eval.comparison.runs import find
-from eval.item_store import ItemStore
 from eval.options import ModelOptions
 from eval.subjects import load_models, load_run
 from medistill_trl.errors import UserError
@@ -44,31 +44,13 @@ def data(sample_build):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A cache of its own for results, with the models' kept."""
-    monkeypatch.setattr(ItemStore.__init__, "__defaults__", (tmp_path / "evaluations",))
-    return tmp_path / "evaluations"
-
-
-def evaluate(*arguments):
-    return command.main([str(word) for word in arguments])
-
-
-def result_of(folder):
-    return read(folder / "results" / EVALUATION)
+    return own_store(tmp_path, monkeypatch)
 
 
 def without_cost(content):
     """What two evaluations of the same have in common: not what time they took."""
     results = {name: part for name, part in content["results"].items() if name != "speed"}
     return {key: value for key, value in content.items() if key != "cost"} | {"results": results}
-
-
-def refused(capsys, *arguments):
-    """The message of a command that is refused."""
-    assert evaluate(*arguments) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 # --- a run -----------------------------------------------------------------------------------------
@@ -81,7 +63,7 @@ def evaluated(trained, data):
 
 
 def test_the_result_says_what_was_evaluated(evaluated, trained, data):
-    assert evaluated["schema_version"] == 1
+    assert evaluated["schema_version"] == command.SCHEMA_VERSION == 2
     assert evaluated["run"] == str(trained)
     recipe = evaluated["recipe"]
     assert recipe["method"] == "sft"
@@ -212,6 +194,19 @@ def test_a_base_model_that_changed_is_refused(trained, tmp_path):
     write_record(run / "inputs.json", read(run / "inputs.json") | {"student": "sha256:other"})
     with pytest.raises(UserError, match="as sha256:other, and that model is sha256:"):
         load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [([], "./recipes_own"), (["--verifier", "./given"], "./given")]
+)
+def test_the_verifier_of_the_recipe_is_used_unless_another_is_named(
+    trained, data, tmp_path, capsys, flags, named
+):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with (run / "recipe.yaml").open("a") as recipe:
+        recipe.write("verifier: ./recipes_own\n")
+    words = [run, "--data", data, "--tasks", "faithfulness", *flags]
+    assert f"model {named}: no such folder" in refused(capsys, *words)
 
 
 # --- models by name --------------------------------------------------------------------------------
