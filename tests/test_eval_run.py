@@ -10,8 +10,8 @@ import time
 
 import pytest
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
-from sealed import read
 from evaluations import evaluate, own_store, refused, result_of
+from sealed import read
 
 from eval import compare
 from eval import run as command
