@@ -51,6 +51,23 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
         content_of(*runs)
 
 
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+def test_with_few_prompts_the_verdict_says_that_nothing_can_be_found(tmp_path, seeds):
+    runs = [
+        write_run(tmp_path / f"{m}-{seed}", m, seed, skill, evaluated=False, prompts=4)
+        for m, skill in (("sft", 0.1), ("logit_kd", 0.5), ("ppo", 0.9))
+        for seed in seeds
+    ]
+    content = content_of(*runs)
+    words = " ".join(content["verdict"])
+    assert (
+        "With 4 held-out prompts no difference can reach 5 % after adjustment for 2 tests" in words
+    )
+    assert "give a larger validation_file" in words
+    assert "told apart" not in words
+    assert {test["minimum_detectable"] for test in content["primary"]} == {None}
+
+
 def test_other_held_out_prompts_are_refused(tmp_path, capsys):
     runs = [write_run(tmp_path / m, m, evaluated=False, prompts=5) for m in ("sft", "ppo")]
     path = runs[1] / "results/items/heldout.jsonl"

@@ -115,6 +115,30 @@ def test_the_random_sign_flip_test_is_scipys():
     assert sign_flip(np.ones((40, 1)))[0] == 1 / 10_000  # never 0
 
 
+def test_of_few_items_all_sign_flips_are_counted_and_the_interval_is_students():
+    gaps = np.array([0.3, 1.2, 0.1, 0.7, -0.2])
+    found = one(sample([gaps]), sample([np.zeros(5)]))
+    totals = [np.dot(signs, gaps) for signs in itertools.product((-1, 1), repeat=5)]
+    assert found.p_items == np.mean(np.abs(totals) >= gaps.sum() - 1e-9)
+    assert found.test == "exact sign-flip"
+    known = stats.ttest_1samp(gaps, 0).confidence_interval()
+    assert found.interval == found.items == pytest.approx(tuple(known))
+    many = np.random.default_rng(2).normal(size=(15, 1))
+    assert one(sample(many.T), sample(np.zeros((1, 15)))).items == bca_intervals(many)[0]
+
+
+@pytest.mark.parametrize(("n", "least"), [(4, 0.125), (5, 0.0625), (6, 0.03125)])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_nothing_is_detectable_where_no_difference_can_reach_5_percent(n, least, seeds):
+    rng = np.random.default_rng(0)
+    first, second = (sample(rng.normal(mean, 0.01, (seeds, n))) for mean in (100, 0))
+    found = one(first, second)
+    assert found.p_items == found.least_p == least
+    assert (found.detectable is None) == (least >= 0.05)
+    right, wrong = sample(np.ones((seeds, n)), RIGHT), sample(np.zeros((seeds, n)), RIGHT)
+    assert one(right, wrong).p_items == pytest.approx(least)
+
+
 def test_the_bca_interval_is_scipys():
     rng = np.random.default_rng(4)
     columns = np.stack(
@@ -164,10 +188,11 @@ def test_without_a_difference_between_seeds_it_is_the_paired_t_test_over_items()
 
 
 def test_the_variances_of_items_and_seeds_add_up():
-    first, second = sample([[1, 2, 3, 4], [3, 4, 5, 6]]), sample([[0, 2, 2, 0], [1, 1, 1, 1]])
+    first = sample(np.tile([[1, 2, 3, 4], [3, 4, 5, 6]], 2))
+    second = sample(np.tile([[0, 2, 2, 0], [1, 1, 1, 1]], 2))
     found = one(first, second)
-    gaps = np.array([2, 3, 4, 5]) - [0.5, 1.5, 1.5, 0.5]
-    parts = [(gaps.var(ddof=1) / 4, 3), (2 / 2, 1), (0.0, 1)]  # seeds: means 2.5, 4.5 and 1, 1
+    gaps = np.tile(np.array([2, 3, 4, 5]) - [0.5, 1.5, 1.5, 0.5], 2)
+    parts = [(gaps.var(ddof=1) / 8, 7), (2 / 2, 1), (0.0, 1)]  # seeds: means 2.5, 4.5 and 1, 1
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     assert found.value == pytest.approx(2.5)

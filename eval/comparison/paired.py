@@ -5,13 +5,15 @@ that. A configuration is one or several runs that differ in their seed alone, so
 items, and two things make a difference uncertain:
 
 - **items**: would other questions say the same? Exact McNemar test for right and wrong; sign-flip test and BCa
-  bootstrap for numbers. Runs are averaged item by item first: more seeds do not make more questions.
+  bootstrap for numbers, or Student's t where items are few. Runs are averaged item by item first: more seeds do not
+  make more questions.
 - **seeds**: would other seeds say the same? Known only with two runs or more on both sides. Then the variance between
   items and that between runs are added, and Student's t is taken at Satterthwaite's degrees of freedom.
 
 Shapes: S runs, N items, K differences.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,10 @@ from eval.statistics import (
 POWER = 0.8
 NO_ITEMS = "no items"
 ROUNDING = 1e-12  # of a sum, relative to its terms
+FEW_ITEMS = (
+    15  # below, a bootstrap interval is too narrow (at 4 it holds the truth in 80 % of cases)
+)
+ENUMERATED = 13  # items whose sign flips are all counted: they are fewer than the draws
 
 Kind = Literal["right or wrong", "number", "whole"]
 
@@ -160,14 +166,15 @@ class Difference:
         value: Of the means over seeds and items.
         interval: 95 %: for other items and other seeds where both sides have several, else for other items; None
             where neither is known.
-        items: The BCa interval over items alone.
+        items: The interval over items alone: BCa, of few items Student's t.
         n: Items.
         seeds: Runs of both sides.
         test: Of the items, in words.
         p_items: That other items would say the same of these runs; None without items.
         p_seeds: That other items and seeds would; None with one seed on either side.
+        least_p: The smallest p-value that so many items can have; None without items.
         detectable: The smallest difference found with a power of 80 % before adjustment for several tests; None
-            where it is not known.
+            where it is not known, or where the items are too few for any to be found.
         alone: Items that the first alone and the second alone has right; None unless each is one run.
     """
 
@@ -179,6 +186,7 @@ class Difference:
     test: str
     p_items: float | None
     p_seeds: float | None
+    least_p: float | None
     detectable: float | None
     alone: tuple[int, int] | None = None
 
@@ -199,6 +207,7 @@ class Difference:
             "p_items": self.p_items,
             "p_seeds": self.p_seeds,
             "p": self.p,
+            "least_p": self.least_p,
             "minimum_detectable": self.detectable,
         }
         if self.alone is not None:
@@ -224,9 +233,9 @@ def differences(
             raise ValueError("a pair needs the same items and the same kind of values")
         by_length.setdefault(first.values_SN.shape[1], []).append(place)
     found: dict[int, Difference] = {}
-    for n, places in by_length.items():
+    for _n, places in by_length.items():
         gaps_NK = np.stack([pairs[k][0].by_item - pairs[k][1].by_item for k in places], axis=1)
-        intervals = bca_intervals(gaps_NK, seed, resamples) if n > 1 else [None] * len(places)
+        intervals = item_intervals(gaps_NK, seed, resamples)
         flipped = sign_flip(gaps_NK, seed, resamples)
         for k, interval, p in zip(places, intervals, flipped, strict=True):
             found[k] = _difference(*pairs[k], interval, float(p), resamples)
@@ -239,9 +248,10 @@ def _difference(
     n, seeds = first.values_SN.shape[1], (first.seeds, second.seeds)
     value = first.value - second.value
     parts = [] if first.kind == "whole" else _item_part(first.by_item - second.by_item)
-    test, p_items, alone = f"sign-flip, {resamples:,} draws", flipped, None
+    test = "exact sign-flip" if n <= ENUMERATED else f"sign-flip, {resamples:,} draws"
+    p_items, alone, least_p = flipped, None, 2.0 ** (1 - n)
     if first.kind == "whole":
-        test, p_items, items = NO_ITEMS, None, None
+        test, p_items, items, least_p = NO_ITEMS, None, None, None
     elif first.kind == "right or wrong":
         test, p_items, alone = _exact(first, second)
     interval, p_seeds = items, None
@@ -255,7 +265,11 @@ def _difference(
     detectable = error.detectable() if error is not None else None
     if alone is not None:
         detectable = minimum_detectable_effect(n, sum(alone) / n)
-    return Difference(value, interval, items, n, seeds, test, p_items, p_seeds, detectable, alone)
+    if least_p is not None and least_p >= 1 - LEVEL:
+        detectable = None
+    return Difference(
+        value, interval, items, n, seeds, test, p_items, p_seeds, least_p, detectable, alone
+    )
 
 
 def _exact(first: Sample, second: Sample) -> tuple[str, float, tuple[int, int] | None]:
@@ -290,16 +304,34 @@ def sign_flip_exact(gaps_N: np.ndarray) -> float:
 
 
 def sign_flip(gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """The sign-flip test of each column by random draws, (K,); never 0 (Phipson and Smyth 2010)."""
+    """The sign-flip test of each column, (K,): exact where items are few, else by random draws and then never 0
+    (Phipson and Smyth 2010)."""
     n, k = gaps_NK.shape
     total_K = np.abs(gaps_NK.sum(axis=0))
     slack_K = ROUNDING * np.abs(gaps_NK).sum(axis=0)
+    if n <= ENUMERATED:
+        signs_RN = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+        return (np.abs(signs_RN @ gaps_NK) >= total_K - slack_K).mean(axis=0)
     rng = np.random.default_rng(seed)
     extreme_K = np.zeros(k, int)
     for size in _batches(resamples):
         signs_RN = 2.0 * rng.integers(2, size=(size, n)) - 1.0
         extreme_K += (np.abs(signs_RN @ gaps_NK) >= total_K - slack_K).sum(axis=0)
     return (1 + extreme_K) / (1 + resamples)
+
+
+def item_intervals(
+    gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval | None]:
+    """The 95 % interval of each column's mean, for other items; None of a single item."""
+    n, k = gaps_NK.shape
+    if n >= FEW_ITEMS:
+        return bca_intervals(gaps_NK, seed, resamples)
+    if n == 1:
+        return [None] * k
+    mean_K = gaps_NK.mean(axis=0)
+    half_K = [Error.sum(_item_part(gaps_NK[:, column])).half_width for column in range(k)]
+    return [(float(m - h), float(m + h)) for m, h in zip(mean_K, half_K, strict=True)]
 
 
 def bca_intervals(

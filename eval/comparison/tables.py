@@ -11,15 +11,16 @@ HOW = """\
 - **Intervals** are of 95 %. With several seeds they are for other items and other seeds, with one for other items
   of this one run. `±` is the standard deviation over seeds.
 - **Items**: exact McNemar test where answers are right or wrong (over several seeds its generalisation, the exact
-  sign-flip test); else a sign-flip test, and a paired BCa bootstrap interval. Runs are averaged over seeds item by
-  item before.
+  sign-flip test); else a sign-flip test, and a paired BCa bootstrap interval, of few items Student's t. Runs are
+  averaged over seeds item by item before.
 - **Seeds**, with two or more on both sides: Student's t with the variance between items and that between runs
   added. A difference has to pass both; `p` is the larger.
 - **Several tests**: p-values are adjusted by Holm's method over the configurations, and over the benchmarks in
   their tables. **Bold** differences can be told apart from none at 5 %. The primary test is that of the first
   table; the others show where to look.
 - **Without items** (macro F1, ECE, BLEU) there is a test over seeds alone.
-- **Detectable** is the smallest true difference that one such test, unadjusted, finds with a power of 80 %.
+- **Detectable** is the smallest true difference that one such test, unadjusted, finds with a power of 80 %; `–` where
+  items are so few that none could be found, or where nothing is known of it.
 """
 
 

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 
 from eval.comparison.measures import FAMILIES
 from eval.comparison.paired import NO_ITEMS
+from eval.statistics import LEVEL
 
 SHOWN = 4  # names in a list
+ALPHA = 1 - LEVEL
 
 
 def sentences(content: dict) -> list[str]:
     """A paragraph, as its sentences."""
-    found = [_best(content), _told_apart(content), _against_baseline(content)]
+    found = [_best(content)]
+    few = _too_few(content)
+    found += [few] if few else [_told_apart(content), _against_baseline(content)]
     found += [_benchmarks(content), _cost(content), *_caveats(content)]
     return [sentence for sentence in found if sentence]
 
@@ -76,6 +80,22 @@ def _best(content: dict) -> str:
     return (
         f"By {what}, the {measure['better']} the better, {order[0]} comes first of {len(order)}: {shown}, "
         f"{seeds(best['seeds'])}."
+    )
+
+
+def _too_few(content: dict) -> str:
+    """Where no difference from the baseline could have passed its test, however large."""
+    tested = [test for test in content["primary"] if test["least_p"] is not None]
+    if not tested or len(tested) * min(test["least_p"] for test in tested) < ALPHA:
+        return ""
+    n = max(test["n"] for test in tested)
+    items, mend = "items", "evaluate on more (a larger --limit)"
+    if content["quality"].startswith("heldout."):
+        items, mend = "held-out prompts", "give a larger validation_file"
+    after = f" after adjustment for {len(tested)} tests" if len(tested) > 1 else ""
+    return (
+        f"With {n} {items} no difference can reach 5 %{after}, however large it is: which of them is better on other "
+        f"{items} cannot be said; {mend}."
     )
 
 
