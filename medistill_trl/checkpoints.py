@@ -35,6 +35,7 @@ class Totals:
             that does.
         trained: Completion tokens the loss was taken on, over all processes.
         generated_teacher: Tokens the teacher wrote for training, over all processes.
+        drawn_teacher: Of the teacher's, those that went into the completion store.
         generated_student: Tokens the student wrote for training, over all processes.
     """
 
@@ -42,6 +43,7 @@ class Totals:
     seconds_drawing: float = 0.0
     trained: int = 0
     generated_teacher: int = 0
+    drawn_teacher: int = 0
     generated_student: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Totals:
             seconds_drawing=self.seconds_drawing,
             trained=self.trained,
             generated_teacher=sum(part.generated_teacher for part in parts),
+            drawn_teacher=sum(part.drawn_teacher for part in parts),
             generated_student=sum(part.generated_student for part in parts),
         )
 
@@ -193,7 +196,7 @@ def load_totals(checkpoint: Path) -> Totals:
     """This process's part of a checkpoint's totals: what is summed over processes goes to the main one."""
     totals = Totals(**json.loads((checkpoint / TOTALS).read_text()))
     if not PartialState().is_main_process:
-        totals.generated_teacher = totals.generated_student = 0
+        totals.generated_teacher = totals.drawn_teacher = totals.generated_student = 0
     return totals
 
 

@@ -38,9 +38,12 @@ CREATE TABLE IF NOT EXISTS completions (
     token_ids    TEXT NOT NULL,
     finished     INTEGER NOT NULL,
     end_id       INTEGER,
-    created      REAL NOT NULL
+    created      REAL NOT NULL,
+    seconds      REAL
 )
 """
+# Stores of earlier versions have no such column.
+ADD_SECONDS = "ALTER TABLE completions ADD COLUMN seconds REAL"
 DEFAULT_BATCH_SIZE = 16
 LOCK_POLL_SECONDS = 1.0
 LARGEST_ID = 2**31  # no vocabulary has so many tokens
@@ -73,10 +76,22 @@ class CompletionStore:
             self._database = sqlite3.connect(self.path, timeout=120)
             with self._database:
                 self._database.execute(SCHEMA)
+            self._add_seconds()
         except (OSError, sqlite3.Error) as error:
             if disk.is_full(error):
                 raise  # not the file's fault
             raise self._broken(error) from error
+
+    def _add_seconds(self) -> None:
+        if "seconds" in self._columns():
+            return
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")  # another process may be about to do the same
+            if "seconds" not in self._columns():
+                self._database.execute(ADD_SECONDS)
+
+    def _columns(self) -> set[str]:
+        return {row[1] for row in self._database.execute("PRAGMA table_info(completions)")}
 
     def __len__(self) -> int:
         return self._database.execute("SELECT count(*) FROM completions").fetchone()[0]
@@ -166,14 +181,25 @@ class CompletionStore:
         )
         with progress:
             for batch in batches:
-                seed = int(batch[0].key[:8], 16)
+                seed, start = int(batch[0].key[:8], 16), time.monotonic()
                 completions = teacher.complete([r.prompt for r in batch], sampling, seed)
-                self._put(teacher, sampling, zip(batch, completions, strict=True))
+                # Processes draw at the same time, each its share of the missing.
+                share = (time.monotonic() - start) / len(batch) / PartialState().num_processes
+                self._put(teacher, sampling, zip(batch, completions, strict=True), share)
                 progress.update(len(batch))
 
     def _put(
-        self, teacher: Teacher, sampling: Sampling, drawn: Iterable[tuple[Request, Completion]]
+        self,
+        teacher: Teacher,
+        sampling: Sampling,
+        drawn: Iterable[tuple[Request, Completion]],
+        seconds: float,
     ) -> None:
+        """Keep a batch.
+
+        Args:
+            seconds: Of the time of drawing the share of each completion.
+        """
         rows = [
             (
                 request.key,
@@ -186,22 +212,23 @@ class CompletionStore:
                 completion.finished,
                 completion.end_id,
                 time.time(),
+                seconds,
             )
             for request, completion in drawn
         ]
         with self._database:  # one transaction: all of the batch or none of it
             self._database.executemany(
-                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
             )
 
     def _get(self, request: Request) -> Completion:
         row = self._database.execute(
-            "SELECT text, token_ids, finished, end_id FROM completions WHERE key = ?",
+            "SELECT text, token_ids, finished, end_id, seconds FROM completions WHERE key = ?",
             (request.key,),
         ).fetchone()
         try:
-            text, token_ids, finished, end_id = row
-            completion = Completion(text, json.loads(token_ids), bool(finished), end_id)
+            text, token_ids, finished, end_id, seconds = row
+            completion = Completion(text, json.loads(token_ids), bool(finished), end_id, seconds)
         except (ValueError, TypeError, RecursionError) as error:
             raise self._broken(f"the completion {request.key[:12]} is damaged ({error})") from error
         if not _is_whole(completion):
@@ -214,7 +241,8 @@ def _is_whole(completion: Completion) -> bool:
     ids = completion.token_ids if isinstance(completion.token_ids, list) else [None]
     ends = [] if completion.end_id is None else [completion.end_id]
     whole = all(type(id) is int and 0 <= id < LARGEST_ID for id in (*ids, *ends))
-    return whole and isinstance(completion.text, str)
+    timed = isinstance(completion.seconds, float | None)
+    return whole and timed and isinstance(completion.text, str)
 
 
 def _batches(requests: list[Request], size: int) -> list[list[Request]]:

@@ -66,6 +66,7 @@ def write_results(
         recipe=recipe.resolved(),
         steps=trainer.state.global_step,
         totals=setting.totals.summed(),
+        stored=setting.used.values(),
         heldout={"before": before["measured"], "after": after},
         data={"files": [asdict(report) for report in loaded.reports]},
         models={"teacher": setting.teacher.identity, "student": loaded.student.fingerprint},

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import resource
 import subprocess
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 
 from medistill_trl.budget import ended_by
 from medistill_trl.checkpoints import Totals
+from medistill_trl.teacher import Completion
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -96,10 +98,26 @@ def peak_memory_gb() -> dict[str, float]:
     }
 
 
+def teacher_use(totals: Totals, stored: Collection[Completion]) -> dict[str, int | float | None]:
+    """What the run has used of the teacher's writing, whoever drew it.
+
+    Returns:
+        `tokens`: stored and written online; `stored_seconds`: what drawing the stored ones took, by this run or an
+        earlier one, None where that was not recorded. Writing online is in the seconds of training.
+    """
+    seconds = [completion.seconds for completion in stored]
+    online = totals.generated_teacher - totals.drawn_teacher
+    return {
+        "tokens": online + sum(completion.num_tokens for completion in stored),
+        "stored_seconds": None if None in seconds else round(sum(seconds), 3),
+    }
+
+
 def build(
     recipe: dict,
     steps: int,
     totals: Totals,
+    stored: Collection[Completion],
     heldout: dict,
     data: dict,
     models: dict,
@@ -112,6 +130,7 @@ def build(
         recipe: Resolved recipe.
         steps: Optimizer steps taken.
         totals: Summed over processes.
+        stored: The stored completions of the teacher that it used.
         heldout: `{"before": ..., "after": ...}` of the held-out check.
         data: Reports of the prompt files.
         models: Which exact weights teacher and student are.
@@ -132,6 +151,7 @@ def build(
         "seconds_drawing": round(drawing, 1),
         **peak_memory_gb(),
         "tokens": counts,
+        "teacher_use": teacher_use(totals, stored),
         "models": models,
         "data": data,
         "heldout": heldout,

@@ -1,6 +1,6 @@
 """Everything a method may use to build its trainer, loaded and checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -41,6 +41,8 @@ class Setting:
         train_prompts: What the student trains on.
         heldout: The check before and after training, with the teacher's validation completions.
         totals: Running count of what the run uses; resumed with it.
+        used: The stored completions this launch has asked for, whoever drew them, by question, sampling and sample.
+            A resumed run asks for all of them again.
     """
 
     arguments: Arguments
@@ -51,6 +53,7 @@ class Setting:
     train_prompts: list[Prompt]
     heldout: HeldoutCheck
     totals: Totals
+    used: dict[tuple[str, Sampling, int], Completion] = field(default_factory=dict)
 
     @property
     def sampling(self) -> Sampling:
@@ -88,7 +91,10 @@ class Setting:
             label,
         )
         self.totals.generated_teacher += self.teacher.generated_tokens - before
+        self.totals.drawn_teacher += self.teacher.generated_tokens - before
         self.totals.seconds_drawing += monotonic() - start
+        for question, group in zip(questions, drawn, strict=True):
+            self.used |= {(question, sampling, index): c for index, c in enumerate(group)}
         return drawn
 
 

@@ -6,7 +6,7 @@ Shapes: P prompt tokens, C completion tokens, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,12 +67,19 @@ class Completion:
         token_ids: The writer's own tokens, (C,), without an end token.
         finished: True if it ended by itself, False if cut at the length limit.
         end_id: The end token the writer chose; None if it was cut, by the limit or at a stop string.
+        seconds: What a stored one took to draw; None where that is not known.
     """
 
     text: str
     token_ids: list[int]
     finished: bool
     end_id: int | None = None
+    seconds: float | None = field(default=None, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the writer chose, the end token among them."""
+        return len(self.token_ids) + (self.end_id is not None)
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -202,7 +209,7 @@ class Teacher:
     ) -> list[Completion]:
         """Answer rendered prompts, see `complete`."""
         completions = complete(self.model, self.form, prompts, sampling, seed)
-        self.generated_tokens += sum(len(c.token_ids) + (c.end_id is not None) for c in completions)
+        self.generated_tokens += sum(c.num_tokens for c in completions)
         return completions
 
 

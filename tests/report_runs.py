@@ -334,7 +334,7 @@ def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = Tru
         runs: Of both.
     """
     kl, accuracy = _tested(KL, -0.3, told_apart), _tested(ACCURACY, 0.1, told_apart)
-    cost = {"training_seconds": 100.0, "drawing_seconds": None, "steps": 48}
+    cost = {"total_seconds": 100.0, "teacher_seconds": None, "steps": 48}
     content = {
         "schema_version": 1,
         "studies": [],
@@ -355,8 +355,8 @@ def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = Tru
         "primary": [kl],
         "differences": {"fidelity_teacher": [kl], "benchmarks": [accuracy]},
         "ranking": {"order": ["logit_kd", "sft"], "pairs": [kl]},
-        "cost": {"sft": cost, "logit_kd": cost | {"training_seconds": 150.0}},
-        "pareto": {"cost": "training_seconds", "front": ["sft", "logit_kd"]},
+        "cost": {"sft": cost, "logit_kd": cost | {"total_seconds": 150.0}},
+        "pareto": {"cost": "total_seconds", "front": ["sft", "logit_kd"]},
         "verdict": ["By KL logit_kd comes first of 2."],
     }
     write_json(folder / "comparison.json", content)

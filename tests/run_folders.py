@@ -101,6 +101,7 @@ def record(recipe: dict, skill: float, seconds: float) -> dict:
         "seconds": seconds,
         "peak_memory_gb": 3.3,
         "tokens": {"trained": 11000, "generated_teacher": 3800, "generated_student": 0},
+        "teacher_use": {"tokens": 3800, "stored_seconds": 0.0},
         "models": {"teacher": "sha256:t float32", "student": "sha256:s"},
         "data": {"files": [{"path": name, "sha256": DIGEST} for name in ("train", "validation")]},
         "heldout": {"before": before | sizes, "after": after | sizes},

@@ -208,19 +208,61 @@ def test_the_front_has_what_none_beats():
     assert pareto_front(points, "higher") == ["as cheap, worse"]
 
 
-def test_cost_is_of_training_without_drawing_and_of_one_device(compared, pair):
+def test_cost_is_of_training_and_of_what_the_teacher_wrote_for_it(compared, pair):
     _, content, _ = compared
     assert content["pareto"]["front"] == ["sft", "logit_kd"]
     assert content["cost"]["cot"]["training_seconds"] == 400
     assert content["cost"]["cot"]["student_weights_gb"] == 0.5
-    edit(pair[0], "run.json", seconds_drawing=40.0)
-    sft = content_of(*pair)["cost"]["sft"]
-    assert (sft["training_seconds"], sft["drawing_seconds"]) == (60, 40)
+    assert content["notes"] == []
+    used = {"tokens": 3800, "stored_seconds": 40.0}  # drawn by the one, used by both
+    edit(pair[0], "run.json", seconds_drawing=40.0, teacher_use=used)
+    edit(pair[1], "run.json", teacher_use=used, tokens__generated_teacher=0)
+    found = content_of(*pair)
+    sft, kd = (found["cost"][name] for name in ("sft", "logit_kd"))
+    assert (sft["training_seconds"], sft["teacher_seconds"], sft["total_seconds"]) == (60, 40, 100)
+    assert (kd["training_seconds"], kd["teacher_seconds"], kd["total_seconds"]) == (100, 40, 140)
+    assert sft["teacher_tokens"] == kd["teacher_tokens"] == 3800
     assert sft["trained_tokens_per_second"] == pytest.approx(11000 / 60)
     edit(pair[1], "run.json", device="GPU")
     other = content_of(*pair)
     assert other["pareto"]["front"] is None
     assert any(note.startswith("trained with: device: CPU") for note in other["notes"])
+
+
+def older(folder, method, seed=42, drawn=(0.0, 0), skill=0.5, **settings):
+    """A run of before a record said what it used of the teacher's answers."""
+    settings = {"teacher_completions": "stored", "teacher_temperature": 1.0, **settings}
+    run = write_run(folder / f"{method}-{seed}", method, seed, skill, evaluated=False, **settings)
+    seconds, tokens = drawn
+    content = json.loads((run / "results/run.json").read_text())
+    del content["teacher_use"]
+    content |= {"seconds": 100.0 + seconds, "seconds_drawing": seconds}
+    content["tokens"]["generated_teacher"] = tokens
+    write_json(run / "results/run.json", content)
+    return run
+
+
+def test_of_older_records_all_that_asked_alike_pay_for_what_one_drew(tmp_path):
+    rationales = {"num_rationales": 4, "rationale_max_new_tokens": 256}
+    runs = [
+        older(tmp_path, "sft", drawn=(59.5, 3591), skill=0.5),
+        older(tmp_path, "logit_kd", skill=0.6, teacher_batch_size=4),
+        older(tmp_path, "cot", 42, (853.1, 19336), skill=0.55, **rationales),
+        older(tmp_path, "cot", 43, skill=0.55, **rationales),  # found in the store
+        older(tmp_path, "ppo", skill=0.4),
+    ]
+    content = content_of(*runs)
+    seconds = {name: cost["total_seconds"] for name, cost in content["cost"].items()}
+    assert seconds == {"sft": 159.5, "logit_kd": 159.5, "cot": 953.1, "ppo": 100.0}
+    tokens = {name: cost["teacher_tokens"] for name, cost in content["cost"].items()}
+    assert tokens == {"sft": 3591, "logit_kd": 3591, "cot": 19336, "ppo": 0}
+    assert content["pareto"]["front"] == ["ppo", "logit_kd"]
+    assert any("records of an earlier version" in note for note in content["notes"])
+    # The run that drew is not among them: what its answers took is not known, and never nothing.
+    alone = content_of(runs[1], runs[4])
+    assert alone["cost"]["logit_kd"]["total_seconds"] is None
+    assert alone["pareto"]["front"] is None
+    assert "not recorded for logit_kd" in document(alone)
 
 
 @pytest.mark.parametrize("asked", ["logit_kd", "logit_kd-43"])

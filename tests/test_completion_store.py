@@ -62,6 +62,28 @@ def test_anything_that_changes_the_draw_is_another_address(tmp_path):
     assert all(len(samples) == 3 for samples in drawn)
 
 
+def test_what_drawing_took_is_kept_with_each_completion(tmp_path):
+    path = tmp_path / "c.sqlite"
+    drawn = draw(path, CountingTeacher(delay=0.02), prompts=PROMPTS[:9])  # in batches of 8 and 1
+    seconds = [group[0].seconds for group in drawn]
+    assert 0.04 <= sum(seconds) < 0.4
+    assert sorted(seconds)[7] < max(seconds) / 2  # of a batch each has its share
+    assert [g[0].seconds for g in draw(path, CountingTeacher(), prompts=PROMPTS[:9])] == seconds
+
+
+def test_a_store_of_an_earlier_version_is_read_on(tmp_path):
+    path = tmp_path / "c.sqlite"
+    first = draw(path, CountingTeacher(), prompts=["a"])
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE completions DROP COLUMN seconds")
+    teacher = CountingTeacher()
+    again = draw(path, teacher, prompts=["a", "b"])
+    assert teacher.asked == ["b"]
+    assert again[0] == first[0]
+    assert again[0][0].seconds is None
+    assert again[1][0].seconds > 0
+
+
 def test_a_prompt_that_stands_twice_is_drawn_once(tmp_path):
     teacher = CountingTeacher()
     drawn = draw(tmp_path / "c.sqlite", teacher, prompts=["a", "b", "a"])

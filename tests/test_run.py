@@ -76,7 +76,7 @@ def test_the_record_says_what_was_run_and_what_came_out(finished):
     ):  # fmt: skip
         assert key in content, key
     assert content["tokens"]["trained"] > 0
-    assert content["tokens"]["generated_teacher"] > 0
+    assert content["tokens"]["generated_teacher"] == content["teacher_use"]["tokens"] > 0
     assert content["recipe"]["method"] == "sft"
     for when in ("before", "after"):
         measured = content["heldout"][when]

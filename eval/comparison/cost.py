@@ -1,55 +1,154 @@
-"""What each configuration took, and which of them no other beats in both quality and cost."""
+"""What each configuration took, and which of them no other beats in both quality and cost.
+
+Training costs what it took without drawing stored completions. The teacher's writing is counted for every run that
+used it, whoever drew it: each method pays for the answers it needs, once, however many runs share them.
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import mean
+from typing import Any
 
 from eval.comparison.runs import Configuration, Run
+from medistill_trl.schema import config_class_name, read_trains_on
 
 NAMES = {
+    "total_seconds": "in all, s",
     "training_seconds": "training, s",
-    "drawing_seconds": "drawing, s",
+    "teacher_seconds": "teacher's writing, s",
     "steps": "steps",
     "trained_tokens": "tokens trained",
-    "teacher_tokens": "tokens by the teacher",
+    "teacher_tokens": "tokens by the teacher, used",
     "student_tokens": "tokens by the student",
     "trained_tokens_per_second": "trained tokens/s",
     "peak_memory_gb": "peak memory, GB",
     "student_weights_gb": "student's weights, GB",
     "student_tokens_per_second": "student writes, tokens/s",
 }
+# Changes how fast the teacher writes, not what.
+PACE = "teacher_batch_size"
+UNKNOWN = "what drawing the teacher's answers took is not recorded for {}, and the run that drew them is not compared here"
+ESTIMATED = (
+    "records of an earlier version do not say which of the teacher's answers a run used ({}): each counts what the "
+    "run drew that drew most for the same training data and the same way of asking the teacher"
+)
+
+Cost = dict[str, float | None]
 
 
-def of_run(run: Run) -> dict[str, float | None]:
+def costs(configurations: Sequence[Configuration]) -> dict[str, Cost]:
+    """Configuration → means over its runs; None where a run lacks it."""
+    every = [run for configuration in configurations for run in configuration.runs]
+    found = {}
+    for configuration in configurations:
+        own = [of_run(run, every) for run in configuration.runs]
+        found[configuration.name] = {
+            name: None if None in (values := [cost[name] for cost in own]) else mean(values)
+            for name in NAMES
+        }
+    return found
+
+
+def of_run(run: Run, every: Sequence[Run]) -> Cost:
     """What a run took; None where it was not recorded.
 
-    `training_seconds` are without `drawing_seconds`, those spent on stored completions of the teacher: they are
-    drawn once for all runs, by whichever comes first.
+    Args:
+        every: All runs that are compared, among which may be the one that drew what this one used.
     """
     record, tokens = run.record, run.record["tokens"]
-    drawing = record.get("seconds_drawing")
-    seconds = record["seconds"] - (drawing or 0.0)
+    training = record["seconds"] - record.get("seconds_drawing", 0.0)
+    writing, written = _teacher(run, every)
     speed = run.results.get("speed", {}).get("student", {})
     return {
-        "training_seconds": seconds,
-        "drawing_seconds": drawing,
+        "total_seconds": None if writing is None else training + writing,
+        "training_seconds": training,
+        "teacher_seconds": writing,
         "steps": run.steps,
         "trained_tokens": tokens["trained"],
-        "teacher_tokens": tokens["generated_teacher"],
+        "teacher_tokens": written,
         "student_tokens": tokens["generated_student"],
-        "trained_tokens_per_second": tokens["trained"] / seconds if seconds > 0 else None,
+        "trained_tokens_per_second": tokens["trained"] / training if training > 0 else None,
         "peak_memory_gb": record["peak_memory_gb"],
         "student_weights_gb": speed.get("weights_gb"),
         "student_tokens_per_second": speed.get("tokens_per_second"),
     }
 
 
-def of_configuration(configuration: Configuration) -> dict[str, float | None]:
-    """Means over its runs; None where a run lacks it."""
-    costs = [of_run(run) for run in configuration.runs]
+# --- the teacher's writing
+
+
+def _teacher(run: Run, every: Sequence[Run]) -> tuple[float | None, int | None]:
+    """Seconds and tokens of the teacher's writing that a run used; seconds of writing online are in the training."""
+    use = run.record.get("teacher_use", {"tokens": None, "stored_seconds": None})
+    seconds, tokens = use["stored_seconds"], use["tokens"]
+    if seconds is None or tokens is None:
+        drawn_seconds, drawn_tokens = _drawn(run, every)
+        seconds = drawn_seconds if seconds is None else seconds
+        tokens = drawn_tokens if tokens is None else tokens
+    return seconds, tokens
+
+
+def _drawn(run: Run, every: Sequence[Run]) -> tuple[float | None, int | None]:
+    """What the run drew that drew most, of those that asked the teacher alike; None of both where none drew anything
+    and yet this one trained on stored answers."""
+    asking = _asking(run)
+    most = max(
+        (other.record for other in every if _asking(other) == asking),
+        key=lambda record: record["tokens"]["generated_teacher"],
+    )
+    tokens = most["tokens"]["generated_teacher"]
+    if tokens == 0 and _trains_on_stored(run):
+        return None, None
+    return most.get("seconds_drawing", 0.0) if tokens else 0.0, tokens
+
+
+def _asking(run: Run) -> dict[str, Any]:
+    """What the teacher's answers depend on: runs with the same had the same of them."""
+    recipe, (train, _) = run.record["recipe"], run.record["data"]["files"]
+    keys = [k for k in recipe if (k.startswith("teacher_") or "rationale" in k) and k != PACE]
     return {
-        name: None if None in (values := [cost[name] for cost in costs]) else mean(values)
-        for name in NAMES
+        **{key: recipe[key] for key in keys},
+        "data": train["sha256"],
+        "samples": recipe.get("max_train_samples"),
+        "trains on": _trains_on(run.method),
     }
+
+
+@cache
+def _trains_on(method: str) -> str:
+    module = f"medistill_trl.methods.{method}"
+    return read_trains_on(module, config_class_name(module))
+
+
+def _trains_on_stored(run: Run) -> bool:
+    stored = run.record["recipe"].get("teacher_completions") == "stored"
+    return stored and _trains_on(run.method) != "student"
+
+
+def note(configurations: Sequence[Configuration]) -> list[str]:
+    """That the teacher's writing is not recorded run by run, where it is not."""
+    runs = [run for configuration in configurations for run in configuration.runs]
+    without = dict.fromkeys(run.method for run in runs if "teacher_use" not in run.record)
+    return [ESTIMATED.format(", ".join(without))] if without else []
+
+
+# --- the front
+
+
+def front(
+    configurations: Sequence[Configuration],
+    found: Mapping[str, Cost],
+    qualities: Mapping[str, float],
+    better: str,
+) -> dict:
+    """The front of quality against seconds in all, or why there is none."""
+    if len(devices(configurations)) > 1:
+        return {"front": None, "note": "trained on different devices: their seconds do not compare"}
+    unknown = [name for name, cost in found.items() if cost["total_seconds"] is None]
+    if unknown:
+        return {"front": None, "note": UNKNOWN.format(", ".join(unknown))}
+    points = {name: (found[name]["total_seconds"], qualities[name]) for name in found}
+    return {"cost": "total_seconds", "front": pareto_front(points, better)}
 
 
 def devices(configurations: Sequence[Configuration]) -> set[tuple[str, int]]:

@@ -52,6 +52,8 @@ def build(
     chosen = choose_quality(measured, configurations, quality)
     others = [c.name for c in configurations if c.name != base]
     primary = [(chosen, name, base) for name in others]
+    spent = cost.costs(configurations)
+    qualities = {name: sample.value for name, sample in measured[chosen].items()}
     content = {
         "schema_version": SCHEMA_VERSION,
         "studies": found.studies,
@@ -60,14 +62,14 @@ def build(
         "quality": chosen,
         "left_out": found.left_out,
         "missing": comparable.missing(found.runs),
-        "notes": comparable.notes(configurations),
+        "notes": comparable.notes(configurations) + cost.note(configurations),
         "measures": estimates(measured, configurations),
         "floors": _floors(configurations),
         "primary": adjusted(compare(measured, primary, resamples)),
         "differences": against_baseline(measured, base, resamples),
         "ranking": ranking(measured, chosen, resamples),
-        "cost": {c.name: cost.of_configuration(c) for c in configurations},
-        "pareto": _pareto(configurations, measured, chosen),
+        "cost": spent,
+        "pareto": cost.front(configurations, spent, qualities, MEASURES[chosen].better),
         "ablation": _ablation(configurations, found.axes, x),
         "curves": {c.name: _curves(c) for c in configurations},
     }
@@ -124,19 +126,6 @@ def _floors(configurations: Sequence[Configuration]) -> dict[str, dict]:
             part = run.results.get("benchmarks", {})
             floors |= {name: part[name]["floor"] for name in TITLES if name in part}
     return floors
-
-
-def _pareto(configurations: Sequence[Configuration], measured: Samples, quality: str) -> dict:
-    """The front of quality against seconds of training, or why there is none."""
-    places = cost.devices(configurations)
-    if len(places) > 1:
-        return {"front": None, "note": "trained on different devices: their seconds do not compare"}
-    points = {
-        c.name: (cost.of_configuration(c)["training_seconds"], measured[quality][c.name].value)
-        for c in configurations
-    }
-    front = cost.pareto_front(points, MEASURES[quality].better)
-    return {"cost": "training_seconds", "front": front}
 
 
 def _curves(configuration: Configuration) -> list[dict]:

@@ -80,7 +80,7 @@ def _primary(content: dict) -> str:
         row = [name, _value(value, share)]
         test = tests.get(name)
         row += ["baseline", "", ""] if test is None else _difference(test, share)
-        row.append(number(content["cost"][name]["training_seconds"], False))
+        row.append(number(content["cost"][name]["total_seconds"], False))
         rows.append([*row, "" if front is None else "yes" if name in front else "no"])
     heads = [
         "configuration",
@@ -90,7 +90,7 @@ def _primary(content: dict) -> str:
         "detectable",
     ]
     title = f"## {measure['label']}: {FAMILIES[measure['family']].lower()}\n\n"
-    return title + table([*heads, "training, s", "on the Pareto front"], rows)
+    return title + table([*heads, "cost, s", "on the Pareto front"], rows)
 
 
 def _value(value: dict, share: bool) -> str:

@@ -168,11 +168,11 @@ def _cost(content: dict) -> str:
         return ""
     base, best = content["baseline"], content["ranking"]["order"][0]
     shown = ""
-    if best != base and costs[base]["training_seconds"] > 0:
-        ratio = costs[best]["training_seconds"] / costs[base]["training_seconds"]
+    if best != base and costs[base]["total_seconds"] > 0:
+        ratio = costs[best]["total_seconds"] / costs[base]["total_seconds"]
         times = "as long as" if 0.95 < ratio < 1.05 else f"{ratio:.1f} times as long as"
-        shown = f" {best} trained {times} {base}."
-    return f"No other beats {listed(front)} in both this and the seconds of training.{shown}"
+        shown = f" {best} took {times} {base}."
+    return f"No other beats {listed(front)} in both this and the seconds of training and of the teacher's writing.{shown}"
 
 
 def _caveats(content: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""Quality against seconds of training, with the front that no configuration beats."""
+"""Quality against seconds of training and of the teacher's writing, with the front that no configuration beats."""
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -14,7 +14,7 @@ def pareto(content: dict) -> Figure | None:
     if front is None or len(content["configurations"]) < 2:
         return None
     measure = content["measures"][content["quality"]]
-    seconds = {name: cost["training_seconds"] for name, cost in content["cost"].items()}
+    seconds = {name: cost["total_seconds"] for name, cost in content["cost"].items()}
     figure, (axes,) = grid(1, 1, (8.2, 4.6))
     axes.grid(visible=True, alpha=0.3)
     known = looks(content["configurations"])
@@ -42,7 +42,7 @@ def pareto(content: dict) -> Figure | None:
     direction = {"lower": "↓ better", "higher": "↑ better"}[measure["better"]]
     axes.set(
         title="Quality against cost; dashed: the Pareto front",
-        xlabel="seconds of training (← better)",
+        xlabel="seconds of training and of the teacher's writing (← better)",
         ylabel=f"{measure['label']} ({direction})",
     )
     handles = [handle(name + (" *" if name in front else ""), look) for name, look in known.items()]

@@ -35,11 +35,12 @@ FAMILIES = {  # of comparison.json's measures
     "faithfulness": "Faithfulness to evidence",
 }
 COSTS = {
+    "total_seconds": "in all, s",
     "training_seconds": "training, s",
-    "drawing_seconds": "drawing completions, s",
+    "teacher_seconds": "teacher's writing, s",
     "steps": "steps",
     "trained_tokens": "tokens trained on",
-    "teacher_tokens": "tokens by the teacher",
+    "teacher_tokens": "tokens by the teacher, used",
     "student_tokens": "tokens by the student",
     "trained_tokens_per_second": "trained tokens per second",
     "peak_memory_gb": "peak memory, GB",

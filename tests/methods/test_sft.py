@@ -14,6 +14,7 @@ from medistill_trl import methods
 from medistill_trl.errors import RunFailed
 from medistill_trl.guards import FiniteGuard
 from medistill_trl.pipeline import build_trainer
+from medistill_trl.run_record import teacher_use
 from medistill_trl.teacher import DRAWS_PER_STEP, draw_seed
 
 make_setting = partial(tiny_setting.make_setting, method="sft")
@@ -109,6 +110,16 @@ def test_stored_asks_the_teacher_nothing_the_second_time(tmp_path):
     second, _, _ = trained(tmp_path, teacher=stored)
     assert second.totals.generated_teacher == second.teacher.generated_tokens == 0
     assert torch.equal(weights(first), weights(second))
+    # Both have used the same, and it took someone some time.
+    used = [teacher_use(run.totals, run.used.values()) for run in (first, second)]
+    assert used[0] == used[1]
+    assert used[0]["tokens"] >= first.totals.generated_teacher  # two prompts are held out too
+    assert used[0]["stored_seconds"] > 0
+    online, _, _ = trained(tmp_path, teacher={"teacher_completions": "online"})
+    assert teacher_use(online.totals, online.used.values()) == {
+        "tokens": online.totals.generated_teacher,
+        "stored_seconds": 0,
+    }
 
 
 def test_no_two_draws_share_a_seed():
