@@ -8,23 +8,29 @@ items, and two things make a difference uncertain:
   bootstrap for numbers, or Student's t where items are few. Runs are averaged item by item first: more seeds do not
   make more questions.
 - **seeds**: would other seeds say the same? Known only with two runs or more on both sides. Then the variance between
-  items and that between runs are added, and Student's t is taken at Satterthwaite's degrees of freedom.
+  items and that between runs are added, and Student's t is taken at Satterthwaite's degrees of freedom; with two runs on
+  a side at no more than the runs have, all runs less two.
 
 Shapes: S runs, N items, K differences.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from scipy import signal, stats
+from scipy import stats
 
+from eval.comparison.flips import (
+    ENUMERATED,
+    bca_intervals,
+    sign_flip,
+    sign_flip_exact,
+    variance,
+)
 from eval.statistics import (
-    BATCH,
     LEVEL,
     RESAMPLES,
     Estimate,
@@ -36,11 +42,11 @@ from eval.statistics import (
 
 POWER = 0.8
 NO_ITEMS = "no items"
-ROUNDING = 1e-12  # of a sum, relative to its terms
-FEW_ITEMS = (
-    15  # below, a bootstrap interval is too narrow (at 4 it holds the truth in 80 % of cases)
-)
-ENUMERATED = 13  # items whose sign flips are all counted: they are fewer than the draws
+ALL_EQUAL = "all values are equal: no interval"
+# Below, a bootstrap interval is too narrow: of 4 items it holds the truth in 80 % of cases.
+FEW_ITEMS = 15
+# Runs of a side with which Satterthwaite's degrees of freedom are too many: up to 11 % of studies find what is not there.
+FEW_SEEDS = 2
 
 Kind = Literal["right or wrong", "number", "whole"]
 
@@ -89,7 +95,7 @@ class Sample:
     @cached_property
     def seed_variance(self) -> float | None:
         """Of the mean over seeds; None with one seed."""
-        return float(self.by_seed.var(ddof=1) / self.seeds) if self.seeds > 1 else None
+        return variance(self.by_seed) / self.seeds if self.seeds > 1 else None
 
 
 @dataclass(frozen=True)
@@ -105,13 +111,20 @@ class Error:
     freedom: float
 
     @classmethod
-    def sum(cls, parts: Sequence[tuple[float, int]]) -> "Error":
-        """Of independent variances, each with its degrees of freedom (Satterthwaite 1946)."""
+    def sum(cls, parts: Sequence[tuple[float, int]]) -> "Error | None":
+        """Of independent variances, each with its degrees of freedom (Satterthwaite 1946).
+
+        None where nothing varies: what was equal so far need not be so once more.
+        """
         variance = sum(part for part, _ in parts)
         if variance == 0:
-            return cls(0.0, float(max(freedom for _, freedom in parts)))
+            return None
         spread = sum(part**2 / freedom for part, freedom in parts)
         return cls(math.sqrt(variance), variance**2 / spread)
+
+    def at_most(self, freedom: float) -> "Error":
+        """The same with no more degrees of freedom than these."""
+        return Error(self.standard, min(self.freedom, freedom))
 
     @property
     def half_width(self) -> float:
@@ -119,8 +132,6 @@ class Error:
 
     def p_value(self, value: float) -> float:
         """Two-sided, of there being no difference."""
-        if self.standard == 0:
-            return 1.0 if value == 0 else 0.0
         return float(2 * stats.t.sf(abs(value) / self.standard, self.freedom))
 
     def detectable(self) -> float:
@@ -134,7 +145,7 @@ class Error:
 def _item_part(values_N: np.ndarray) -> list[tuple[float, int]]:
     """Variance of a mean over items; none for a measure without items."""
     n = len(values_N)
-    return [(float(values_N.var(ddof=1) / n), n - 1)] if n > 1 else []
+    return [(variance(values_N) / n, n - 1)] if n > 1 else []
 
 
 def estimate(sample: Sample) -> Estimate:
@@ -148,8 +159,14 @@ def estimate(sample: Sample) -> Estimate:
         parts = [*_item_part(sample.by_item), (sample.seed_variance, sample.seeds - 1)]
     if not parts:
         return Estimate(sample.value, None, n, note="one number: no interval")
-    half = Error.sum(parts).half_width
-    low, high = sample.value - half, sample.value + half
+    error = Error.sum(parts)
+    if error is None:
+        # Of shares the items say something all the same: none of 40 may be one of the next.
+        known = wilson(round(sample.value * n), n) if sample.kind == "right or wrong" else None
+        return Estimate(
+            sample.value, known and known.interval, n, note=None if known else ALL_EQUAL
+        )
+    low, high = sample.value - error.half_width, sample.value + error.half_width
     if sample.kind == "right or wrong":
         low, high = max(0.0, low), min(1.0, high)
     return Estimate(sample.value, (low, high), n)
@@ -255,13 +272,14 @@ def _difference(
     elif first.kind == "right or wrong":
         test, p_items, alone = _exact(first, second)
     interval, p_seeds = items, None
-    error = Error.sum(parts) if parts else None
     if min(seeds) > 1:
-        error = Error.sum(
-            [*parts, (first.seed_variance, seeds[0] - 1), (second.seed_variance, seeds[1] - 1)]
-        )
-        interval = (value - error.half_width, value + error.half_width)
-        p_seeds = error.p_value(value)
+        parts += [(first.seed_variance, seeds[0] - 1), (second.seed_variance, seeds[1] - 1)]
+    error = Error.sum(parts)
+    if min(seeds) > 1:
+        if error and min(seeds) == FEW_SEEDS:
+            error = error.at_most(sum(seeds) - 2)
+        interval = error and (value - error.half_width, value + error.half_width)
+        p_seeds = error and error.p_value(value)
     detectable = error.detectable() if error is not None else None
     if alone is not None:
         detectable = minimum_detectable_effect(n, sum(alone) / n)
@@ -283,43 +301,6 @@ def _exact(first: Sample, second: Sample) -> tuple[str, float, tuple[int, int] |
     return "exact sign-flip", sign_flip_exact(np.rint(gaps_N).astype(int)), None
 
 
-# --- tests over items
-
-
-def sign_flip_exact(gaps_N: np.ndarray) -> float:
-    """The exact two-sided sign-flip test of whole-numbered differences.
-
-    Were the two sides alike, each item's difference would as soon have the other sign. With one run on each
-    side, where differences are −1, 0 and 1, this is the exact McNemar test.
-    """
-    total = abs(int(gaps_N.sum()))
-    sizes, counts = np.unique(np.abs(gaps_N[gaps_N != 0]), return_counts=True)
-    chances = np.ones(1)  # of every total, from −largest to largest
-    for size, count in zip(sizes, counts, strict=True):
-        part = np.zeros(2 * size * count + 1)
-        part[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = signal.convolve(chances, part)
-    totals = np.arange(len(chances)) - len(chances) // 2
-    return float(np.clip(chances[np.abs(totals) >= total].sum(), 0.0, 1.0))
-
-
-def sign_flip(gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """The sign-flip test of each column, (K,): exact where items are few, else by random draws and then never 0
-    (Phipson and Smyth 2010)."""
-    n, k = gaps_NK.shape
-    total_K = np.abs(gaps_NK.sum(axis=0))
-    slack_K = ROUNDING * np.abs(gaps_NK).sum(axis=0)
-    if n <= ENUMERATED:
-        signs_RN = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
-        return (np.abs(signs_RN @ gaps_NK) >= total_K - slack_K).mean(axis=0)
-    rng = np.random.default_rng(seed)
-    extreme_K = np.zeros(k, int)
-    for size in _batches(resamples):
-        signs_RN = 2.0 * rng.integers(2, size=(size, n)) - 1.0
-        extreme_K += (np.abs(signs_RN @ gaps_NK) >= total_K - slack_K).sum(axis=0)
-    return (1 + extreme_K) / (1 + resamples)
-
-
 def item_intervals(
     gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Interval | None]:
@@ -330,63 +311,8 @@ def item_intervals(
     if n == 1:
         return [None] * k
     mean_K = gaps_NK.mean(axis=0)
-    half_K = [Error.sum(_item_part(gaps_NK[:, column])).half_width for column in range(k)]
-    return [(float(m - h), float(m + h)) for m, h in zip(mean_K, half_K, strict=True)]
-
-
-def bca_intervals(
-    gaps_NK: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
-) -> list[Interval | None]:
-    """The BCa bootstrap interval of each column's mean (Efron 1987), all from the same resamples.
-
-    `scipy.stats.bootstrap` gives the same, one column at a time. None where it is not defined: then nearly all
-    resamples lie on one side.
-    """
-    n, k = gaps_NK.shape
-    mean_K = gaps_NK.mean(axis=0)
-    centred_NK = gaps_NK - mean_K
-    shifts_RK = np.concatenate(
-        [counts_RN @ centred_NK / n for counts_RN in _resampled(n, seed, resamples)]
-    )
-    spread_K = np.abs(centred_NK).sum(axis=0)
-    shifts_RK[np.abs(shifts_RK) < ROUNDING * spread_K] = 0.0  # ties stay ties
-    below_K = ((shifts_RK < 0).mean(axis=0) + (shifts_RK <= 0).mean(axis=0)) / 2
-    found: list[Interval | None] = []
-    for column in range(k):
-        if np.ptp(gaps_NK[:, column]) == 0:
-            found.append((float(mean_K[column]),) * 2)
-            continue
-        levels = _bca_levels(below_K[column], centred_NK[:, column])
-        if not np.isfinite(levels).all():
-            found.append(None)
-            continue
-        low, high = np.quantile(shifts_RK[:, column], levels) + mean_K[column]
-        found.append((float(low), float(high)))
-    return found
-
-
-def _bca_levels(below: float, centred_N: np.ndarray) -> np.ndarray:
-    """Which quantiles of the resamples are the interval's ends.
-
-    Args:
-        below: Share of resamples below the estimate, ties a half.
-        centred_N: What each item adds; the jackknife of a mean follows from it.
-    """
-    bias = stats.norm.ppf(below)
-    acceleration = (centred_N**3).sum() / (6 * np.square(centred_N).sum() ** 1.5)
-    ends = bias + stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    with np.errstate(invalid="ignore"):  # where all resamples lie on one side
-        return stats.norm.cdf(bias + ends / (1 - acceleration * ends))
-
-
-def _resampled(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each item is drawn, (R, N) at a time."""
-    rng = np.random.default_rng(seed)
-    for size in _batches(resamples):
-        draws_RN = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        yield np.bincount(draws_RN.ravel(), minlength=size * n).reshape(size, n).astype(float)
-
-
-def _batches(total: int) -> Iterator[int]:
-    for start in range(0, total, BATCH):
-        yield min(BATCH, total - start)
+    errors_K = [Error.sum(_item_part(gaps_NK[:, column])) for column in range(k)]
+    return [
+        e and (float(m - e.half_width), float(m + e.half_width))
+        for m, e in zip(mean_K, errors_K, strict=True)
+    ]
