@@ -300,7 +300,7 @@ def _compared(value: float) -> dict:
     return {"value": value, "interval_95": [value - 0.1, value + 0.1], "n": 200, "seeds": 1}
 
 
-def _tested(measure: str, value: float, told_apart: bool) -> dict:
+def _tested(measure: str, value: float, told_apart: bool, seeds: int) -> dict:
     p = 0.001 if told_apart else 0.4
     return {
         "measure": measure,
@@ -311,7 +311,9 @@ def _tested(measure: str, value: float, told_apart: bool) -> dict:
         "n": 200,
         "p": p,
         "p_holm": p,
-        "told_apart": told_apart,
+        "significant": told_apart,
+        "told_apart": told_apart and seeds > 1,
+        "seeds": [seeds, seeds],
         "minimum_detectable": 0.09,
     }
 
@@ -327,13 +329,17 @@ def _measure(label: str, family: str, share: bool, teacher: dict | None, values:
     }
 
 
-def write_comparison(folder: Path, runs: dict[str, Path], told_apart: bool = True) -> dict:
+def write_comparison(
+    folder: Path, runs: dict[str, Path], told_apart: bool = True, seeds: int = 3
+) -> dict:
     """comparison.json of SFT, the baseline, and Logit-KD, which comes first; returns it.
 
     Args:
         runs: Of both.
     """
-    kl, accuracy = _tested(KL, -0.3, told_apart), _tested(ACCURACY, 0.1, told_apart)
+    kl, accuracy = (
+        _tested(key, gap, told_apart, seeds) for key, gap in ((KL, -0.3), (ACCURACY, 0.1))
+    )
     cost = {"total_seconds": 100.0, "teacher_seconds": None, "steps": 48}
     content = {
         "schema_version": 1,

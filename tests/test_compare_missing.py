@@ -41,8 +41,11 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
         value = content["measures"][f"heldout.{key}"]["values"]["logit_kd"]
         assert (value["value"], value["n"]) == (pytest.approx(after[key]), 20)
     test = content["primary"][0]
-    assert (test["n"], test["p_seeds"], test["told_apart"]) == (20, None, True)
-    assert "It can be told apart from sft" in content["verdict"][1]
+    assert (test["n"], test["p_seeds"], test["significant"]) == (20, None, True)
+    assert "This student can be told apart from sft" in content["verdict"][1]
+    # With one seed that is said of students, and no method is better for it.
+    assert test["told_apart"] is False
+    assert "**-" not in document(content)
     # A run that kept only totals still compares, without a test.
     (runs[0] / "results/items/heldout.jsonl").unlink()
     assert content_of(*runs)["primary"][0]["p"] is None

@@ -56,6 +56,14 @@ def test_the_lead_says_no_more_than_the_tests(study, page, tmp_path):
     assert "logit_kd comes first, but is not told apart from any other</h2>" in write_report(tmp_path).read_text()  # fmt: skip
 
 
+def test_of_one_seed_the_page_speaks_of_students_and_never_of_methods(study, tmp_path):
+    write_comparison(tmp_path, {n: study / n for n in CHANCES}, seeds=1)
+    page = write_report(tmp_path).read_text()
+    assert "logit_kd comes first of these single students</h2>" in page
+    assert 'class="verdict unclear"' in page
+    assert "these students alone" in page
+
+
 def test_measures_stand_with_teacher_floor_and_cost(page):
     flat = page.replace("\u00a0", " ")
     for shown in ("1.300", "[1.200, 1.400]", "the baseline", "always the commonest answer", "27.0 %", "p = 0.001", "+10.0 points", "trained on the packaged sample"):  # fmt: skip

@@ -124,13 +124,16 @@ class Test:
     difference: Difference
 
     def to_dict(self, p_holm: float | None) -> dict:
+        significant = p_holm is not None and p_holm < ALPHA
         return {
             "measure": self.measure,
             "configuration": self.first,
             "minus": self.second,
             **self.difference.to_dict(),
             "p_holm": p_holm,
-            "told_apart": p_holm is not None and p_holm < ALPHA,
+            "significant": significant,
+            # Of methods: one seed says nothing of another.
+            "told_apart": significant and min(self.difference.seeds) > 1,
         }
 
 
@@ -183,7 +186,7 @@ def against_baseline(
 def ranking(found: Samples, quality: str, resamples: int = RESAMPLES) -> dict:
     """All configurations by one measure, the best first, and the tests of every pair of them.
 
-    The best is picked by looking, so every pair counts as a test: `told_apart` holds for whichever comes first.
+    The best is picked by looking, so every pair counts as a test: `significant` holds for whichever comes first.
     """
     of_all = found[quality]
     sign = 1 if MEASURES[quality].better == "higher" else -1

@@ -16,8 +16,9 @@ HOW = """\
 - **Seeds**, with two or more on both sides: Student's t with the variance between items and that between runs
   added. A difference has to pass both; `p` is the larger.
 - **Several tests**: p-values are adjusted by Holm's method over the configurations, and over the benchmarks in
-  their tables. **Bold** differences can be told apart from none at 5 %. The primary test is that of the first
-  table; the others show where to look.
+  their tables. **Bold** differences can be told apart from none at 5 %; with one seed on either side none is, since
+  its p-value is about two students and not about two methods. The primary test is that of the first table; the
+  others show where to look.
 - **Without items** (macro F1, ECE, BLEU) there is a test over seeds alone.
 - **Detectable** is the smallest true difference that one such test, unadjusted, finds with a power of 80 %; `–` where
   items are so few that none could be found, or where nothing is known of it.

@@ -69,6 +69,13 @@ def _quality(content: dict) -> dict:
     return content["measures"][content["quality"]]
 
 
+def single_students(content: dict) -> bool:
+    """Whether the first place rests on single seeds: then it is of students, not of methods."""
+    first = content["ranking"]["order"][0]
+    pairs = [pair for pair in content["ranking"]["pairs"] if pair["configuration"] == first]
+    return any(min(pair["seeds"]) == 1 for pair in pairs)
+
+
 def _best(content: dict) -> str:
     measure, order = _quality(content), content["ranking"]["order"]
     best = measure["values"][order[0]]
@@ -77,8 +84,9 @@ def _best(content: dict) -> str:
     what = f"{measure['label']} ({FAMILIES[measure['family']].lower()})"
     if len(order) == 1:
         return f"{order[0]}: {what} {shown}, {seeds(best['seeds'])}; there is nothing to compare it with."
+    single = " of these single students" if single_students(content) else ""
     return (
-        f"By {what}, the {measure['better']} the better, {order[0]} comes first of {len(order)}: {shown}, "
+        f"By {what}, the {measure['better']} the better, {order[0]} comes first of {len(order)}{single}: {shown}, "
         f"{seeds(best['seeds'])}."
     )
 
@@ -110,12 +118,15 @@ def _told_apart(content: dict) -> str:
             "Which is better cannot be said: one run of each and no items to test leave nothing that says how much "
             "another run would differ."
         )
-    apart = [pair["minus"] for pair in best if pair["told_apart"]]
-    alike = [pair["minus"] for pair in best if not pair["told_apart"]]
+    apart = [pair["minus"] for pair in best if pair["significant"]]
+    alike = [pair["minus"] for pair in best if not pair["significant"]]
+    who = "This student" if single_students(content) else "It"
     how = f"Holm over all {len(pairs)} pairs" if len(pairs) > 1 else p_value(best[0]["p"])
     if not alike:
-        return f"It can be told apart from {'all others' if len(apart) > 1 else apart[0]} ({how})."
-    start = f"It cannot be told apart from {listed(alike)} ({how})"
+        return (
+            f"{who} can be told apart from {'all others' if len(apart) > 1 else apart[0]} ({how})."
+        )
+    start = f"{who} cannot be told apart from {listed(alike)} ({how})"
     return f"{start}, only from {listed(apart)}." if apart else f"{start}."
 
 
@@ -125,9 +136,9 @@ def _against_baseline(content: dict) -> str:
     if not tested:
         return ""
     sign = 1 if measure["better"] == "higher" else -1
-    better = [t for t in tested if t["told_apart"] and sign * t["value"] > 0]
-    worse = [t for t in tested if t["told_apart"] and sign * t["value"] < 0]
-    alike = [t["configuration"] for t in tested if not t["told_apart"]]
+    better = [t for t in tested if t["significant"] and sign * t["value"] > 0]
+    worse = [t for t in tested if t["significant"] and sign * t["value"] < 0]
+    alike = [t["configuration"] for t in tested if not t["significant"]]
     parts = []
     for word, members in (("better", better), ("worse", worse)):
         shown = [
@@ -136,7 +147,8 @@ def _against_baseline(content: dict) -> str:
         ]
         parts += [f"{word}: {listed(shown)}"] if shown else []
     parts += [f"not told apart: {listed(alike)}"] if alike else []
-    return f"Against the baseline {content['baseline']}, {'; '.join(parts)}."
+    start = "As students, not as methods, against" if single_students(content) else "Against"
+    return f"{start} the baseline {content['baseline']}, {'; '.join(parts)}."
 
 
 def _benchmarks(content: dict) -> str:
@@ -146,13 +158,15 @@ def _benchmarks(content: dict) -> str:
     apart = [
         f"{t['configuration']} on {content['measures'][t['measure']]['label']} ({signed(t['value'], True)})"
         for t in tests
-        if t["told_apart"]
+        if t["significant"]
     ]
     found = (
         f"On the benchmarks these differ from the baseline: {listed(apart)}."
         if apart
         else f"On the benchmarks no difference from the baseline can be told from none ({len(tests)} tests)."
     )
+    if apart:
+        return found
     known = [test for test in tests if test["minimum_detectable"] is not None]
     if not known:
         return f"{found} With so few items on which the two disagree, none could have been found."

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
+from eval.comparison.verdict import single_students
 from eval.report.items import browser
 from eval.report.names import COSTS, FAMILIES
 from eval.report.page import as_data, as_json, render
@@ -104,12 +105,13 @@ def verdict(content: dict) -> Verdict:
     best = [pair for pair in content["ranking"]["pairs"] if pair["configuration"] == order[0]]
     if len(order) < FEWEST_RANKED:
         return Verdict(f"{order[0]} by itself", "unclear", content["verdict"])
-    if all(pair["told_apart"] for pair in best):
-        return Verdict(f"{order[0]} comes first", "better", content["verdict"])
-    alike = [pair["minus"] for pair in best if not pair["told_apart"]]
-    others = "any other" if len(alike) == len(best) else listed(alike)
-    lead = f"{order[0]} comes first, but is not told apart from {others}"
-    return Verdict(lead, "unclear", content["verdict"])
+    single = single_students(content)
+    lead = f"{order[0]} comes first{' of these single students' if single else ''}"
+    alike = [pair["minus"] for pair in best if not pair["significant"]]
+    if alike:
+        others = "any other" if len(alike) == len(best) else listed(alike)
+        lead += f", but is not told apart from {others}"
+    return Verdict(lead, "unclear" if alike or single else "better", content["verdict"])
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -136,6 +138,12 @@ def _name(content: dict, name: str) -> Cell:
     return words(name, "the baseline" if base else "")
 
 
+def _told_apart(test: dict) -> str:
+    if test["told_apart"]:
+        return "yes"
+    return "these students alone" if test["significant"] else "no"
+
+
 def _difference(measure: Mapping, test: dict) -> list[Cell]:
     least = test["minimum_detectable"]
     return [
@@ -143,7 +151,7 @@ def _difference(measure: Mapping, test: dict) -> list[Cell]:
         Cell(MISSING, detail="not tested")
         if test["p_holm"] is None
         else Cell(p_value(test["p_holm"]), test["p_holm"]),
-        words("yes" if test["told_apart"] else "no"),
+        words(_told_apart(test)),
         Cell(MISSING) if least is None else Cell(_form(measure)(least), least),
     ]
 
@@ -213,7 +221,7 @@ def _differences(content: dict) -> Section | None:
                 *_difference(measure, test),
                 number(test["n"], Form(0)),
             ]
-            rows.append((not test["told_apart"], row))
+            rows.append((not test["significant"], row))
     if not rows:
         return None
     rows.sort(key=lambda entry: entry[0])
