@@ -29,10 +29,12 @@ class BudgetCallback(TrainerCallback):
             return control
         self.totals.lap()
         reason = broadcast_object_list([used_up(self.run, self.totals)])[0]
-        if reason is None or state.global_step >= state.max_steps:
+        if reason is None:
             return control
         entry = {"ended_by": reason, "epoch": state.epoch, "step": state.global_step}
         state.log_history.append(entry)
+        if state.global_step >= state.max_steps:  # it ends here anyhow
+            return control
         # It was to end here: what ends any run follows, and a resumed one does not go on.
         state.max_steps = state.global_step
         return DefaultFlowCallback().on_step_end(args, state, control)

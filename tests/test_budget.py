@@ -53,6 +53,16 @@ def test_a_run_ends_at_the_step_that_reaches_its_tokens(tmp_path, method):
     assert (tmp_path / "short/checkpoints/checkpoint-5/manifest.json").exists()
 
 
+def test_a_limit_that_is_reached_at_the_very_last_step_is_named(tmp_path):
+    setting, trainer = build(tmp_path / "long", max_completion_tokens=10**9)
+    trainer.train()
+    assert ended_by(trainer.state.log_history) == "schedule"
+    setting, trainer = build(tmp_path / "full", max_completion_tokens=setting.totals.trained)
+    trainer.train()
+    assert trainer.state.global_step == LONG["max_steps"]
+    assert ended_by(trainer.state.log_history) == "max_completion_tokens"
+
+
 def test_the_learning_rate_follows_max_steps(tmp_path):
     _, trainer = build(tmp_path, max_completion_tokens=1)
     trainer.args.lr_scheduler_type = "linear"
