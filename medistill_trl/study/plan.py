@@ -8,6 +8,7 @@ writes one line of JSON for each run. A process of its own, since it loads torch
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,14 +29,20 @@ def measure(runs: list[Run], launcher: list[str]) -> dict[str, dict[str, Any]]:
     """
     asked = {"launcher": launcher, "runs": {run.name: run.words for run in runs}}
     command = [sys.executable, "-m", "medistill_trl.study.plan"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # The answer waits for the whole question, so the pipes cannot block each other.
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # The answer waits for the whole question, so these pipes cannot block each other. What libraries say goes to a
+    # file: nobody reads it before the end, and a full pipe would stop them.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(command, text=True, stderr=said, **pipes) as process,
+    ):
         process.stdin.write(json.dumps(asked))
         process.stdin.close()
         lines = tqdm(process.stdout, total=len(runs), desc="planning", unit="run", disable=None)
         found = {line["run"]: line for line in map(json.loads, lines)}
-        errors = process.stderr.read()
+        process.wait()
+        said.seek(0)
+        errors = said.read()
     if len(found) < len(runs):
         raise RunFailed(f"the memory of {len(runs) - len(found)} runs was not found:\n{errors}")
     return found
