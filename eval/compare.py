@@ -88,9 +88,9 @@ def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     found = find(request.paths, request.allow_partial)
     content = build(found, request.baseline, request.quality, request.x)
     out = request.out or default_out(request.paths)
+    content["pictures"] = [path.name for path in draw(content, out)]
     write_record(out / RESULT, content, finite=True)
-    pictures = [path.name for path in draw(content, out)]
-    write_text(out / PAGE, tables.document(content, pictures))
+    write_text(out / PAGE, tables.document(content))
     single = len(request.paths) == 1 and not (request.paths[0] / STUDY).is_file()
     return content, write_report(request.paths[0] if single else out)  # a run has a page of its own
 

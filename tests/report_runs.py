@@ -352,6 +352,7 @@ def write_comparison(
         "quality": KL,
         "left_out": {},
         "missing": [],
+        "pictures": ["benchmark_comparison.png"],
         "notes": ["trained on the packaged sample"],
         "measures": {
             KL: _measure("KL(T‖S), nats", "fidelity_teacher", False, None, [1.6, 1.3]),

@@ -8,6 +8,7 @@ from run_folders import edit, write_json, write_run
 from sealed import seal
 
 from eval.comparison.tables import document
+from eval.report import write_report
 from medistill_trl.errors import UserError
 
 
@@ -52,6 +53,21 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
     edit(runs[1], "run.json", heldout__after__kl_nats=9.0)
     with pytest.raises(UserError, match=r"heldout.kl_nats is 9 in its result and .*train again"):
         content_of(*runs)
+
+
+def test_pictures_are_of_this_comparison_and_of_no_earlier_one(tmp_path):
+    out = tmp_path / "out"
+    for evaluated, count in ((True, 5), (False, 2)):
+        runs = [
+            write_run(tmp_path / f"{m}-{evaluated}", m, evaluated=evaluated) for m in ("sft", "ppo")
+        ]
+        assert compare(*runs, "--out", out) == 0
+        pictures = json.loads((out / "comparison.json").read_text())["pictures"]
+        assert {path.name for path in out.glob("*.png")} == set(pictures)
+        assert (out / "report.html").read_text().count("data:image/png") == len(pictures) == count
+    (out / "fidelity_metrics.png").write_bytes(b"of someone else")
+    write_report(out)
+    assert (out / "report.html").read_text().count("data:image/png") == 2
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
@@ -155,6 +171,16 @@ def test_a_study_is_its_runs(study):
         in (folder / "comparison/comparison.md").read_text()
     )
     assert "Two seeds say little" in content["verdict"][-1]
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "stopped"])
+def test_a_run_that_is_complete_counts_whatever_the_study_last_knew(study, capsys, state):
+    folder, record = study
+    record["runs"][0] |= {"state": state}
+    write_json(folder / "study.json", record)
+    assert [c["seeds"] for c in content_of(folder)["configurations"]] == [[1, 2], [1, 2]]
+    (folder / record["runs"][0]["name"] / "COMPLETE").unlink()
+    assert f"the study has it as {state}" in refused(capsys, folder)
 
 
 def test_a_study_with_a_failed_run(study, capsys):

@@ -1,5 +1,6 @@
 """The study file, its runs and their hashes; nothing here starts a run."""
 
+import json
 import re
 import sys
 
@@ -295,7 +296,8 @@ def test_commands_are_what_a_user_would_type(tmp_path, capsys):
     config = "accelerate_configs/cpu.yaml"
     assert main([path, EMBEDDED, "--out", str(out), "--commands", "--config_file", config]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 10
+    assert lines[8:] == ["# when all of them have ended:", f"python -m eval.compare {out}"]
     launch, evaluate = lines[0].split(" && ")
     assert launch.startswith(
         f"accelerate launch --config_file {config} --main_process_port 0 recipes/run.py recipes/sft.yaml {EMBEDDED} "
@@ -303,7 +305,8 @@ def test_commands_are_what_a_user_would_type(tmp_path, capsys):
     assert evaluate == (
         f"python -m eval.run {out}/sft-lora_r_4-seed_1 --limit 8 --tasks benchmarks perplexity"
     )
-    assert not out.exists()
+    states = [run["state"] for run in json.loads((out / "study.json").read_text())["runs"]]
+    assert states == ["waiting"] * 8  # so the last command finds the runs
 
 
 @pytest.mark.parametrize(

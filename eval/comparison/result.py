@@ -71,6 +71,7 @@ def build(
         "cost": spent,
         "pareto": cost.front(configurations, spent, qualities, MEASURES[chosen].better),
         "ablation": _ablation(configurations, found.axes, x),
+        "pictures": [],  # named once they are drawn
         "curves": {c.name: _curves(c) for c in configurations},
     }
     return content | {"verdict": verdict.sentences(content)}

@@ -162,7 +162,9 @@ def _add_study(folder: Path, found: Found, unfinished: dict[str, str]) -> None:
         if name != Path(name).name or name in ("", ".", ".."):
             raise UserError(f"{folder / STUDY}: {name!r} is no name of a run in the study's folder")
         path = folder / name
-        if entry["state"] == "finished":
+        # Those that wait were left to a scheduler, or to a study that was stopped: they may have ended since.
+        open_ = entry["state"] in ("waiting", "running", "stopped")
+        if entry["state"] == "finished" or (open_ and RunDirectory(path).is_complete):
             _add_run(path, found, unfinished)
         else:
             why = entry.get("problem") or f"the study has it as {entry['state']}"

@@ -25,13 +25,8 @@ HOW = """\
 """
 
 
-def document(content: dict, pictures: Sequence[str] = ()) -> str:
-    """The whole page.
-
-    Args:
-        content: comparison.json.
-        pictures: File names beside it.
-    """
+def document(content: dict) -> str:
+    """The whole page, of comparison.json."""
     names = [c["name"] for c in content["configurations"]]
     parts = [
         f"# {' against '.join(names) if len(names) < 3 else f'{len(names)} configurations compared'}",
@@ -40,7 +35,7 @@ def document(content: dict, pictures: Sequence[str] = ()) -> str:
         *_notes(content),
         "## What is compared\n\n" + _configurations(content),
         *([_primary(content)] if content["primary"] else []),
-        *(f"![{name}]({name})" for name in pictures),
+        *(f"![{name}]({name})" for name in content["pictures"]),
         *_families(content),
         "## Cost\n\n" + _cost(content),
     ]

@@ -25,14 +25,19 @@ PICTURES = {
 
 
 def draw(content: dict, out: Path) -> list[Path]:
-    """The pictures for which a comparison has numbers, as PNG files.
+    """The pictures for which a comparison has numbers, as PNG files; those an earlier one has left are removed.
 
     Args:
         content: comparison.json.
     """
     paths = []
+    single = len(content["configurations"]) == 1
     for name, picture in PICTURES.items():
-        figure = picture(content)
+        path, figure = out / f"{name}.png", picture(content)
         if figure is not None:
-            paths.append(save(figure, out / f"{name}.png"))
+            paths.append(save(figure, path))
+        elif not (
+            single and picture is compared_curves
+        ):  # a run has curves of its own by this name
+            path.unlink(missing_ok=True)
     return paths

@@ -62,7 +62,7 @@ def comparison_page(folder: Path, data: Path | None = None) -> str:
         pictures=[
             {"title": title, "data": as_data(folder / name)}
             for name, title in PICTURES.items()
-            if (folder / name).is_file()
+            if name in content["pictures"]
         ],
         items=items if items["sets"] else None,
         items_json=as_json(items),

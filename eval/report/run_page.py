@@ -19,9 +19,11 @@ from eval.report.tables import (
 )
 from eval.report.verdict import Verdict, of_evaluation, of_training
 from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
+from medistill_trl.sealed_json import read_record
 
+CURVES = "training_curves.png"
 PICTURES = {
-    "training_curves.png": "Training: the loss or the reward, and the held-out check",
+    CURVES: "Training: the loss or the reward, and the held-out check",
     "benchmark_comparison.png": "Benchmarks, with intervals and floors",
     "fidelity_metrics.png": "Fidelity to the teacher",
     "fidelitybench_radar.png": "Faithfulness to evidence",
@@ -59,7 +61,7 @@ def run_page(run: RunDirectory, data: Path | None = None) -> str:
         pictures=[
             {"title": title, "data": as_data(run.results / name)}
             for name, title in PICTURES.items()
-            if (run.results / name).is_file()
+            if name in _drawn(run) and (run.results / name).is_file()
         ],
         evaluated=evaluation is not None,
         unmeasured=unmeasured,
@@ -73,6 +75,17 @@ def run_page(run: RunDirectory, data: Path | None = None) -> str:
 
 def _read(run: RunDirectory, name: str) -> dict | None:
     return run.read_result(name) if (run.results / name).is_file() else None
+
+
+def _drawn(run: RunDirectory) -> list[str]:
+    """Pictures of the run: its own, and what its newest comparison has drawn."""
+    compared = run.results / "comparison.json"
+    if not compared.is_file():
+        return [CURVES]
+    return [
+        CURVES,
+        *read_record(compared, f"compare again: python -m eval.compare {run.path}")["pictures"],
+    ]
 
 
 def _models(record: dict | None, evaluation: dict | None) -> dict[str, str]:

@@ -69,10 +69,8 @@ def main(arguments: list[str]) -> int:
     progress.check_unchanged(runs)
     record = StudyRecord(out / "study.json", study, runs)
     if given.commands:
-        for run in runs:
-            left = commands(run, study, record, given.config_file)
-            if left:
-                print(" && ".join(map(as_typed, left)))
+        with only_study(out):
+            _print_commands(study, runs, record, out, given.config_file)
         return 0
     print(tables.header(study, runs, out))
     known = progress.seconds_per_step(out.parent)
@@ -90,6 +88,23 @@ def main(arguments: list[str]) -> int:
         print(f"\n{finished} of {len(runs)} runs finished; {out}/study.json\n", flush=True)
         compared = _compare(out, partial=finished < len(runs)) if finished else True
     return 0 if compared and finished == len(runs) else 1
+
+
+def _print_commands(
+    study: definition.Study,
+    runs: list[grid.Run],
+    record: StudyRecord,
+    out: Path,
+    config_file: str | None,
+) -> None:
+    """What is still to be done, and study.json, by which the last command finds the runs."""
+    for run in runs:
+        left = commands(run, study, record, config_file)
+        record[run]["state"] = "waiting" if left else record[run]["state"]
+        if left:
+            print(" && ".join(map(as_typed, left)))
+    record.write()
+    print(f"# when all of them have ended:\n{as_typed(compare_command(out, partial=False))}")
 
 
 def _compare(out: Path, partial: bool) -> bool:
