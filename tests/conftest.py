@@ -6,6 +6,7 @@ Nothing here reaches the network: the hub is switched off for the tests and the 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ if 1 < WORKERS <= len(CORES):
     # that share a core wait for each other many times longer than they work.
     os.sched_setaffinity(0, CORES[WORKER::WORKERS])
     torch.set_num_threads(len(CORES[WORKER::WORKERS]))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so would all that it starts; some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -251,8 +251,6 @@ def test_an_interrupt_stops_what_the_command_has_started(tiny_overlay):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell's background job ignores it, and so would all that it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         children = wait_for_children(psutil.Process(process.pid))

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from conftest import ROOT, launch, run_command, save_pair, write_tiny_overlay
 from evaluations import evaluate, own_store, refused, result_of
 from sealed import read
@@ -203,8 +204,8 @@ def test_the_verifier_of_the_recipe_is_used_unless_another_is_named(
     trained, data, tmp_path, capsys, flags, named
 ):
     run = shutil.copytree(trained, tmp_path / "run")
-    with (run / "recipe.yaml").open("a") as recipe:
-        recipe.write("verifier: ./recipes_own\n")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"verifier": "./recipes_own"}))
     words = [run, "--data", data, "--tasks", "faithfulness", *flags]
     assert f"model {named}: no such folder" in refused(capsys, *words)
 
@@ -254,13 +255,15 @@ def test_several_processes_are_refused(capsys, monkeypatch):
     assert "runs in one process" in refused(capsys, "--model", "x")
 
 
-def test_an_interrupted_evaluation_says_how_it_goes_on(capsys, monkeypatch):
+def test_an_interrupted_evaluation_says_how_it_goes_on(
+    teacher_folder, data, tmp_path, capsys, monkeypatch
+):
     def interrupted(request):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "evaluate", interrupted)
-    monkeypatch.setattr(command, "parse", lambda arguments: None)
-    assert evaluate("--model", "x") == 130
+    words = ["--model", teacher_folder, "--data", data, "--out", tmp_path]
+    assert evaluate(*words, *BENCHMARKS) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ from conftest import make_model, make_tokenizer
 from tokenizers import processors
 
 from medistill_trl.errors import UserError
+from medistill_trl.model_source import ModelSource
 from medistill_trl.models import _other_special_token
 from medistill_trl.prompts import IGNORED, PromptFormat, encode_completion, encode_example
 
@@ -114,6 +115,7 @@ def test_bos_opens_a_prompt_once_where_the_tokenizer_opens_texts_so(form):
 def test_pad_is_repaired_with_a_token_that_is_not_eos():
     tokenizer = make_tokenizer()
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert _other_special_token(tokenizer, "m") == "<|endoftext|>"
+    source = ModelSource("m", "folder", None, make_model(len(tokenizer)).config, "f")
+    assert _other_special_token(tokenizer, source) == "<|endoftext|>"
     tokenizer.unk_token = None
-    assert _other_special_token(tokenizer, "m") == "<|endoftext|>"
+    assert _other_special_token(tokenizer, source) == "<|endoftext|>"

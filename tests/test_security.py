@@ -135,7 +135,7 @@ def test_even_with_a_forged_manifest_a_checkpoint_runs_no_code(tmp_path, checkpo
     setting = make_setting(tmp_path / "again", "sft", save_strategy="no")
     trainer = pipeline.build_trainer(pipeline.methods.load("sft"), setting)
     with pytest.raises(UserError, match=r"nothing of it was run"):
-        pipeline.train(trainer, setting.totals, directory, resume=True)
+        pipeline.train(trainer, setting.totals, pipeline.find_checkpoint(directory))
 
 
 # --- code that comes with a model ------------------------------------------------------------------
