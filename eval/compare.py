@@ -103,8 +103,12 @@ def main(arguments: list[str]) -> int:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
     print(" ".join(content["verdict"]))
-    for entry in content["missing"]:
+    for entry in content["missing"][: tables.SHOWN]:
         print(f"\n{entry['run']} {entry['what']}; made by\n  {entry['command']}")
+    if len(content["missing"]) > tables.SHOWN:
+        print(f"\nand {len(content['missing']) - tables.SHOWN} more, alike")
+    if content["missing"] and content["studies"]:
+        print(f"\n{tables.WHOLE_STUDY}")
     for note in content["notes"]:
         print(f"\nnote: {note}")
     for path, why in content["left_out"].items():

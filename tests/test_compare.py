@@ -199,7 +199,7 @@ def test_equal_runs_cannot_be_told_apart(tmp_path):
     runs = [write_run(tmp_path / m, m, skill=0.5) for m in ("sft", "spin")]
     words = " ".join(content_of(*runs)["verdict"])
     assert "This student cannot be told apart" in words
-    assert "comes first of 2 of these single students" in words
+    assert "comes first of these 2 single students" in words
     assert "another seed may turn the order around" in words
 
 

@@ -55,6 +55,15 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
         content_of(*runs)
 
 
+def test_what_is_missing_of_many_runs_is_folded(tmp_path, capsys):
+    runs = [write_run(tmp_path / str(seed), seed=seed, evaluated=False) for seed in range(6)]
+    assert compare(*runs, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("python -m eval.run") == 3
+    page = (tmp_path / "out/comparison.md").read_text()
+    assert page.count("python -m eval.run") == 3
+    assert "- and 3 more" in page
+
+
 def test_pictures_are_of_this_comparison_and_of_no_earlier_one(tmp_path):
     out = tmp_path / "out"
     for evaluated, count in ((True, 5), (False, 2)):

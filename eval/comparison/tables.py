@@ -7,6 +7,12 @@ from eval.comparison.measures import FAMILIES
 from eval.comparison.paired import NO_ITEMS
 from eval.comparison.verdict import interval, number, p_value, signed
 
+SHOWN = 3  # of what is missing
+WHOLE_STUDY = (
+    "Or evaluate all of a study's runs: give its command again with `--set 'evaluate={limit: 64}'`; what is trained is "
+    "not trained again."
+)
+
 HOW = """\
 - **Intervals** are of 95 %. With several seeds they are for other items and other seeds, with one for other items
   of this one run. `±` is the standard deviation over seeds.
@@ -195,10 +201,14 @@ def _amount(value: float) -> str:
 def _missing(content: dict) -> list[str]:
     if not content["missing"]:
         return []
-    lines = [f"- `{m['run']}` {m['what']}" for m in content["missing"]]
-    commands = "\n".join(m["command"] for m in content["missing"])
+    shown, more = content["missing"][:SHOWN], len(content["missing"]) - SHOWN
+    lines = [f"- `{m['run']}` {m['what']}" for m in shown]
+    commands = "\n".join(m["command"] for m in shown)
     made = f"made by\n\n```bash\n{commands}\n```"
-    return ["## What is missing\n\n" + "\n".join(lines) + f"\n\n{made}"]
+    rest = [f"- and {more} more"] if more > 0 else []
+    if content["studies"]:
+        made += f"\n\n{WHOLE_STUDY}"
+    return ["## What is missing\n\n" + "\n".join([*lines, *rest]) + f"\n\n{made}"]
 
 
 def _notes(content: dict) -> list[str]:

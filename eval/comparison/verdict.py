@@ -84,9 +84,9 @@ def _best(content: dict) -> str:
     what = f"{measure['label']} ({FAMILIES[measure['family']].lower()})"
     if len(order) == 1:
         return f"{order[0]}: {what} {shown}, {seeds(best['seeds'])}; there is nothing to compare it with."
-    single = " of these single students" if single_students(content) else ""
+    count = f"these {len(order)} single students" if single_students(content) else len(order)
     return (
-        f"By {what}, the {measure['better']} the better, {order[0]} comes first of {len(order)}{single}: {shown}, "
+        f"By {what}, the {measure['better']} the better, {order[0]} comes first of {count}: {shown}, "
         f"{seeds(best['seeds'])}."
     )
 
