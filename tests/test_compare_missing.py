@@ -55,6 +55,11 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
         content_of(*runs)
 
 
+def test_the_teacher_is_of_the_first_run_that_was_evaluated(tmp_path):
+    runs = [write_run(tmp_path / m, m, evaluated=m != "sft") for m in ("sft", "ppo", "spin")]
+    assert content_of(*runs)["measures"]["benchmarks.medqa.accuracy"]["teacher"]["n"] == 40
+
+
 def test_what_is_missing_of_many_runs_is_folded(tmp_path, capsys):
     runs = [write_run(tmp_path / str(seed), seed=seed, evaluated=False) for seed in range(6)]
     assert compare(*runs, "--out", tmp_path / "out") == 0

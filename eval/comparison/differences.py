@@ -1,7 +1,7 @@
 """Measures of all configurations: estimates, differences against the baseline, and a ranking with all its pairs."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,7 @@ def _aligned(having: dict[str, list[Column]], measure: Measure) -> dict[str, Sam
 def estimates(found: Samples, configurations: Sequence[Configuration]) -> dict[str, dict]:
     """Measure → `label`, `family`, `better`, `share`, the `teacher`'s own, and `values` by configuration."""
     runs = {configuration.name: configuration.runs for configuration in configurations}
+    every = [run for own in runs.values() for run in own]
     content = {}
     for key, of_all in found.items():
         measure = MEASURES[key]
@@ -82,12 +83,17 @@ def estimates(found: Samples, configurations: Sequence[Configuration]) -> dict[s
             "family": measure.family,
             "better": measure.better,
             "share": measure.share,
-            "teacher": reported(configurations[0].runs[0], teacher_path(measure)),
+            "teacher": _first(reported(run, teacher_path(measure)) for run in every),
             "values": {
                 name: _estimate(sample, runs[name], measure) for name, sample in of_all.items()
             },
         }
     return content
+
+
+def _first(found: Iterable[dict | None]) -> dict | None:
+    """What the first run has that has it: the evaluations of all are of one teacher."""
+    return next((estimate for estimate in found if estimate is not None), None)
 
 
 def _estimate(sample: Sample, runs: Sequence[Run], measure: Measure) -> dict:
