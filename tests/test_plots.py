@@ -106,6 +106,16 @@ def test_every_method_has_a_colour_and_a_mark_of_its_own():
     assert own["a"].strength != own["b"].strength
 
 
+def test_every_configuration_of_a_method_has_a_look_of_its_own():
+    five = looks([{"name": str(rank), "method": "sft"} for rank in (2, 4, 8, 16, 32)])
+    strengths = [look.strength for look in five.values()]
+    assert strengths == sorted(set(strengths), reverse=True)
+    assert strengths[0] == 1.0
+    assert strengths[-1] >= 0.3
+    neighbours = zip(list(five.values())[:-1], list(five.values())[1:], strict=True)
+    assert all(one.line != other.line for one, other in neighbours)
+
+
 def colours(figure) -> set[str]:
     lines = [line for axes in figure.axes for line in axes.get_lines()]
     return {to_hex(line.get_color()).upper() for line in lines}

@@ -32,29 +32,38 @@ OTHER_COLOUR, OTHER_MARK = "#777777", "h"  # of a method that is not among them
 TEACHER, FLOOR = "#000000", "#888888"
 DPI = 120
 EDGE = {"markeredgecolor": "#222222", "markeredgewidth": 0.6}
-SHADES = (1.0, 0.6, 0.35)  # configurations of one method, in turn
+FAINTEST = 0.3  # of the configurations of one method, whose strengths go down evenly from 1
+LINES = ("-", "--", "-.", ":")  # and in turn, so that neighbours differ in more than strength
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of a configuration: its method's colour and mark, and how strong, to tell it from others of the method."""
+    """Of a configuration: its method's colour and mark; how strong, and what line, tell it from others of the method."""
 
     colour: str
     mark: str
     strength: float
+    line: str
 
 
-def look_of(method: str, turn: int = 0) -> Look:
-    """The method's colour and mark; grey for methods of one's own."""
+def look_of(method: str, turn: int = 0, count: int = 1) -> Look:
+    """The method's colour and mark; grey for methods of one's own.
+
+    Args:
+        turn: Place among the `count` configurations of the method, from 0.
+    """
     colour, mark = COLOURS.get(method, OTHER_COLOUR), MARKS.get(method, OTHER_MARK)
-    return Look(colour, mark, SHADES[turn % len(SHADES)])
+    strength = 1.0 - (1.0 - FAINTEST) * turn / max(1, count - 1)
+    return Look(colour, mark, strength, LINES[turn % len(LINES)])
 
 
 def looks(configurations: Sequence[dict]) -> dict[str, Look]:
     """The look of each configuration, by its name."""
     methods = [c["method"] for c in configurations]
     return {
-        c["name"]: look_of(c["method"], methods[:place].count(c["method"]))
+        c["name"]: look_of(
+            c["method"], methods[:place].count(c["method"]), methods.count(c["method"])
+        )
         for place, c in enumerate(configurations)
     }
 
@@ -93,7 +102,14 @@ def as_percent(axis) -> None:
 def handle(label: str, look: Look) -> Line2D:
     """A configuration's entry in a legend."""
     return Line2D(
-        [], [], color=look.colour, marker=look.mark, alpha=look.strength, label=label, **EDGE
+        [],
+        [],
+        color=look.colour,
+        marker=look.mark,
+        alpha=look.strength,
+        linestyle=look.line,
+        label=label,
+        **EDGE,
     )
 
 

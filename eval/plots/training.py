@@ -95,7 +95,7 @@ def compared_curves(content: dict) -> Figure | None:
 
 
 def _curve(axes: plt.Axes, own: Sequence[dict], key: str, look: Look) -> None:
-    line = {"color": look.colour, "alpha": look.strength, "linewidth": 1.8}
+    line = {"color": look.colour, "alpha": look.strength, "linestyle": look.line, "linewidth": 1.8}
     if len({tuple(curve["steps"]) for curve in own}) > 1:  # seeds that ended at different steps
         for curve in own:
             axes.plot(curve["steps"], curve[key], **line)
