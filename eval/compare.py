@@ -95,6 +95,19 @@ def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     return content, write_report(request.paths[0] if single else out)  # a run has a page of its own
 
 
+def _show(markdown: str) -> None:
+    """Laid out in a terminal, and as it is elsewhere: a log has no width to fit it in."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    print()
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(markdown))
+    else:
+        print(markdown)
+
+
 def main(arguments: list[str]) -> int:
     """Exit code: 0, or that of the user's error, which is printed without a traceback."""
     try:
@@ -103,6 +116,8 @@ def main(arguments: list[str]) -> int:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
     print(" ".join(content["verdict"]))
+    if content["primary"]:
+        _show(tables.primary(content))
     for entry in content["missing"][: tables.SHOWN]:
         print(f"\n{entry['run']} {entry['what']}; made by\n  {entry['command']}")
     if len(content["missing"]) > tables.SHOWN:

@@ -16,6 +16,7 @@ from eval.comparison.cost import pareto_front
 from eval.comparison.result import build
 from eval.comparison.runs import find
 from eval.comparison.tables import document
+from eval.plots.ablation import ablation_plot
 from medistill_trl.errors import UserError
 
 
@@ -71,6 +72,7 @@ def test_the_command_writes_json_page_and_pictures(compared):
     assert report.count("data:image/png") == len(pictures)
     assert all(f"({picture})" in page for picture in pictures)
     assert content["verdict"][0] in printed
+    assert any(line.startswith("| logit_kd | ") for line in printed.splitlines())
     assert content["verdict"][0] in page
 
 
@@ -98,6 +100,20 @@ def test_configurations_of_one_method_are_named_by_what_tells_them_apart(tmp_pat
     ]
     with pytest.raises(UserError, match=r"--x: 'max_steps'.*what varies: lora_r"):
         content_of(*runs, x="max_steps")
+
+
+def test_each_setting_of_the_other_keys_has_a_line_and_what_lacks_the_key_none(tmp_path):
+    runs = [
+        write_run(tmp_path / f"k{t}-{a}", "logit_kd", 1, kd_temperature=t, alpha=a, evaluated=False)
+        for t in (1.0, 2.0)
+        for a in (0.3, 0.7)
+    ]
+    content = content_of(*runs, write_run(tmp_path / "s", seed=1, evaluated=False), x="alpha")
+    assert {
+        line: [point["x"] for point in points]
+        for line, points in content["ablation"]["series"].items()
+    } == {"logit_kd (kd_temperature 1.0)": [0.3, 0.7], "logit_kd (kd_temperature 2.0)": [0.3, 0.7]}
+    assert ablation_plot(content).axes[0].get_legend() is not None
 
 
 def test_values_are_those_of_the_evaluations(pair):

@@ -148,7 +148,7 @@ def _curves(configuration: Configuration) -> list[dict]:
 def _ablation(
     configurations: Sequence[Configuration], axes: Sequence[str], asked: str | None
 ) -> dict | None:
-    """The numeric recipe key that varies, and along it the configurations of each method; None if none does.
+    """The numeric recipe key that varies, and lines of configurations along it; None if none does.
 
     Raises:
         UserError: a key was asked for that does not vary, or is no number everywhere.
@@ -167,17 +167,18 @@ def _ablation(
 
 
 def _series(configurations: Sequence[Configuration], key: str) -> dict[str, list[dict]]:
-    """Method → `configuration` and `x`, by x; empty unless each x of a method is of one configuration."""
+    """A line for each method and each setting of the other keys that vary: `configuration` and `x`, by x.
+
+    Configurations without such a number are not on a line: an SFT run has no temperature. Empty where no line has
+    two points.
+    """
     series: dict[str, list[dict]] = {}
     for configuration in configurations:
         value = configuration.settings.get(key)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            return {}
-        series.setdefault(configuration.method, []).append(
-            {"configuration": configuration.name, "x": value}
-        )
-    for points in series.values():
-        points.sort(key=lambda point: point["x"])
-        if len({point["x"] for point in points}) < len(points):
-            return {}
-    return series if any(len(points) > 1 for points in series.values()) else {}
+            continue
+        others = [f"{k} {v}" for k, v in configuration.settings.items() if k != key]
+        line = " ".join([configuration.method, *([f"({', '.join(others)})"] if others else [])])
+        series.setdefault(line, []).append({"configuration": configuration.name, "x": value})
+    lines = {line: sorted(points, key=lambda point: point["x"]) for line, points in series.items()}
+    return lines if any(len(points) > 1 for points in lines.values()) else {}

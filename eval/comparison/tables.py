@@ -40,7 +40,7 @@ def document(content: dict) -> str:
         *_missing(content),
         *_notes(content),
         "## What is compared\n\n" + _configurations(content),
-        *([_primary(content)] if content["primary"] else []),
+        *([primary(content)] if content["primary"] else []),
         *(f"![{name}]({name})" for name in content["pictures"]),
         *_families(content),
         "## Cost\n\n" + _cost(content),
@@ -72,7 +72,8 @@ def _configurations(content: dict) -> str:
     return text
 
 
-def _primary(content: dict) -> str:
+def primary(content: dict) -> str:
+    """The first table: every configuration by the measure that was declared, against the baseline."""
     measure = content["measures"][content["quality"]]
     share, front = measure["share"], content["pareto"]["front"]
     tests = {test["configuration"]: test for test in content["primary"]}

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from eval.plots.style import EDGE, as_percent, grid, look_of
+from eval.plots.style import EDGE, as_percent, grid, looks
 
 WIDE = 8  # a ratio of largest to smallest from which the axis is logarithmic
 
@@ -18,8 +18,13 @@ def ablation_plot(content: dict) -> Figure | None:
         return None
     measure = content["measures"][content["quality"]]
     figure, (axes,) = grid(1, 1, (7.4, 4.4))
-    for method, points in ablation["series"].items():
-        look = look_of(method)
+    methods = {c["name"]: c["method"] for c in content["configurations"]}
+    lines = [
+        {"name": line, "method": methods[points[0]["configuration"]]}
+        for line, points in ablation["series"].items()
+    ]
+    for line, look in looks(lines).items():
+        points = ablation["series"][line]
         x = [point["x"] for point in points]
         values = [measure["values"][point["configuration"]] for point in points]
         axes.plot(
@@ -27,7 +32,9 @@ def ablation_plot(content: dict) -> Figure | None:
             [v["value"] for v in values],
             color=look.colour,
             marker=look.mark,
-            label=method,
+            linestyle=look.line,
+            alpha=look.strength,
+            label=line,
             **EDGE,
         )
         bands = [_band(value) for value in values]
