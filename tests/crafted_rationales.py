@@ -35,7 +35,7 @@ def store_completions(
         completions = [
             Completion(text, form.tokenizer(text)["input_ids"], True, end) for text in samples
         ]
-        store._put(teacher, sampling, zip(requests, completions, strict=True))
+        store._put(teacher, sampling, zip(requests, completions, strict=True), seconds=1.0)
 
 
 # --- a setting with tiny models and crafted rationales ---------------------------------------------
