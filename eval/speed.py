@@ -1,8 +1,9 @@
 """Speed and memory of both models: what a smaller student buys.
 
 Greedy generation of a batch of answers that all have the same length, prompt included in the time: each
-model after its own prompts, with its key-value cache, as answers are drawn everywhere here. Both are timed with the same
-batch size, since a larger batch is written at more tokens per second.
+model after its own prompt, with its key-value cache, as answers are drawn everywhere here. The prompt is the question
+of median length in every row, so that nothing is padded and no odd question decides. Both models are timed with the
+same batch size, since a larger batch is written at more tokens per second.
 """
 
 import time
@@ -34,13 +35,14 @@ def check(pair: Pair, data: Path, options: Options) -> None:
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
     """See `docs/evaluation.md` for the result's keys."""
     questions = [prompt.question for prompt in read_questions(pair, data, options).prompts]
+    question = sorted(questions, key=len)[len(questions) // 2]
     result: dict = {"new_tokens": NEW_TOKENS, "repetitions": REPETITIONS}
     batches = writing_batches(options)
     for subject in pair.subjects:
-        result[subject.name] = measure(subject, questions, batches, store)
+        result[subject.name] = measure(subject, question, batches, store)
     for subject in pair.subjects:  # again, if the other one turned out to hold less
         if result[subject.name]["batch_size"] != batches.size:
-            result[subject.name] = measure(subject, questions, batches, store)
+            result[subject.name] = measure(subject, question, batches, store)
     if pair.teacher is not None:
         student, teacher = result["student"], result["teacher"]
         result["student_to_teacher"] = {
@@ -50,14 +52,14 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     return result
 
 
-def measure(subject: Subject, questions: list[str], batches: BatchSize, store: ItemStore) -> dict:
+def measure(subject: Subject, question: str, batches: BatchSize, store: ItemStore) -> dict:
     """One model, alone at work; what it generates is thrown away.
 
     Args:
         batches: The same for all models that are compared: it keeps the size that fits all of them.
 
     Returns:
-        `parameters`; `weights_gb`; `batch_size`; `prompt_tokens`, of the longest prompt;
+        `parameters`; `weights_gb`; `batch_size`; `prompt_tokens`;
         `tokens_per_second`, new tokens of the whole batch over the faster of the repetitions, since other
         programs only ever slow one; `generation_gb`, the most that generating added to what was held
         before it; and `peak_memory_gb`, weights and that.
@@ -65,7 +67,7 @@ def measure(subject: Subject, questions: list[str], batches: BatchSize, store: I
     known = footprint(subject, store)
 
     def timed(size: int) -> tuple[int, int, float, float]:
-        batch = encode(subject, [questions[i % len(questions)] for i in range(size)])
+        batch = encode(subject, [question] * size)
         # The first time allocates what the others use again, so it is not timed.
         added = memory_added(lambda: generate(subject, batch, NEW_TOKENS))
         seconds = [generate(subject, batch, NEW_TOKENS) for _ in range(REPETITIONS)]

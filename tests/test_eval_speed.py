@@ -16,7 +16,7 @@ from eval.options import Options
 
 def test_what_is_measured(tmp_path):
     rows = [
-        {"id": f"q{n}", "source": "s", "question": "Why?" * n, "reference": "So."} for n in (1, 2)
+        {"id": f"q{n}", "source": "s", "question": "Why?" * n, "reference": "So."} for n in (1, 2, 9)
     ]
     write_rows(tmp_path / "data/processed/test.jsonl", rows)
     pair = tiny_pair()
