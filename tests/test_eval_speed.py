@@ -15,8 +15,15 @@ from eval.options import Options
 
 
 def test_what_is_measured(tmp_path):
+    # The second is the middle one by length, and not by the alphabet.
+    questions = [
+        "But why?",
+        "Always in the morning?",
+        "Could it be that all of this is so, and why?",
+    ]
     rows = [
-        {"id": f"q{n}", "source": "s", "question": "Why?" * n, "reference": "So."} for n in (1, 2, 9)
+        {"id": f"q{n}", "source": "s", "question": question, "reference": "So."}
+        for n, question in enumerate(questions)
     ]
     write_rows(tmp_path / "data/processed/test.jsonl", rows)
     pair = tiny_pair()
