@@ -108,24 +108,6 @@ def test_a_failure_is_shown_without_the_launchers_traceback(tmp_path):
     assert progress.failure(log, 1) == ["subprocess.CalledProcessError: Command [...]"]
 
 
-@pytest.mark.parametrize(
-    ("waiting", "working", "jobs", "expected"),
-    [
-        ([], [], 1, "about 0 s"),
-        ([10, 20], [], 1, "about 30 s"),
-        ([10, 20], [], 2, "about 15 s"),
-        ([10], [(10, 4)], 1, "about 16 s"),
-        ([10], [(10, 40)], 1, "about 10 s"),
-        ([], [(50, 0), (10, 0)], 2, "about 50 s"),
-        ([600, None], [], 2, "at least 5 min"),
-        ([7200], [(None, 3)], 1, "at least 2.0 h"),
-        ([None], [(None, 3)], 1, "unknown"),
-    ],
-)
-def test_time_left(waiting, working, jobs, expected):
-    assert progress.time_left(waiting, working, jobs) == expected
-
-
 def test_a_machine_is_shared_out(monkeypatch, tmp_path):
     cpu = str(ROOT / "accelerate_configs/cpu.yaml")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})

@@ -5,12 +5,12 @@ used it, whoever drew it: each method pays for the answers it needs, once, howev
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from statistics import mean
 from typing import Any
 
 from eval.comparison.runs import Configuration, Run
-from medistill_trl.schema import config_class_name, read_trains_on
+from medistill_trl.study.grid import trains_on
+from medistill_trl.study.timing import asking
 
 NAMES = {
     "total_seconds": "in all, s",
@@ -25,8 +25,6 @@ NAMES = {
     "student_weights_gb": "student's weights, GB",
     "student_tokens_per_second": "student writes, tokens/s",
 }
-# Changes how fast the teacher writes, not what.
-PACE = "teacher_batch_size"
 UNKNOWN = "what drawing the teacher's answers took is not recorded for {}, and the run that drew them is not compared here"
 ESTIMATED = (
     "records of an earlier version do not say which of the teacher's answers a run used ({}): each counts what the "
@@ -105,24 +103,13 @@ def _drawn(run: Run, every: Sequence[Run]) -> tuple[float | None, int | None]:
 def _asking(run: Run) -> dict[str, Any]:
     """What the teacher's answers depend on: runs with the same had the same of them."""
     recipe, (train, _) = run.record["recipe"], run.record["data"]["files"]
-    keys = [k for k in recipe if (k.startswith("teacher_") or "rationale" in k) and k != PACE]
-    return {
-        **{key: recipe[key] for key in keys},
-        "data": train["sha256"],
-        "samples": recipe.get("max_train_samples"),
-        "trains on": _trains_on(run.method),
-    }
-
-
-@cache
-def _trains_on(method: str) -> str:
-    module = f"medistill_trl.methods.{method}"
-    return read_trains_on(module, config_class_name(module))
+    samples = recipe.get("max_train_samples")
+    return {**asking(recipe), "data": train["sha256"], "samples": samples}
 
 
 def _trains_on_stored(run: Run) -> bool:
     stored = run.record["recipe"].get("teacher_completions") == "stored"
-    return stored and _trains_on(run.method) != "student"
+    return stored and trains_on(run.method) != "student"
 
 
 def note(configurations: Sequence[Configuration]) -> list[str]:

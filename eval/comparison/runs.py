@@ -12,8 +12,8 @@ from medistill_trl.arguments import EVALUATION_KEYS
 from medistill_trl.errors import UserError
 from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 from medistill_trl.sealed_json import read_record
+from medistill_trl.study.record import STUDY
 
-STUDY = "study.json"
 RECORD_VERSION = 1
 # Keys of a recipe that say where things are kept.
 WHERE = ("output_dir", "run_name", "completion_store")

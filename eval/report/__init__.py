@@ -13,6 +13,7 @@ from eval.report.run_page import run_page
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
+from medistill_trl.study.record import STUDY
 
 PAGE = "report.html"
 
@@ -33,7 +34,7 @@ def write_report(folder: Path, data: Path | None = None) -> Path:
     run = RunDirectory(folder)
     if any((run.results / name).is_file() for name in (RECORD, EVALUATION)):
         return _write(run.results / PAGE, run_page(run, data))
-    if (folder / "study.json").is_file():
+    if (folder / STUDY).is_file():
         raise UserError(
             f"{folder}: the study has not been compared yet; run: python -m eval.compare {folder}"
         )

@@ -2,7 +2,8 @@
 
     definition.py   the study file: what it may say, and what is wrong with it
     grid.py         study → runs, each with a checked recipe and a hash
-    progress.py     what has been done: the folders of the runs, their logs, the time still to go
+    progress.py     what has been done: the folders of the runs and their logs
+    timing.py       how long it will take
     record.py       study.json
     commands.py     what a user would type to train, to evaluate and to compare
     execution.py    starts the runs, side by side, and stops them

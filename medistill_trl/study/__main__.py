@@ -17,10 +17,10 @@ from pathlib import Path
 from medistill_trl import disk
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
-from medistill_trl.study import definition, grid, plan, progress, tables
+from medistill_trl.study import definition, grid, plan, progress, tables, timing
 from medistill_trl.study.commands import as_typed, commands, compare_command, executable
 from medistill_trl.study.execution import Executor, make_slots, only_study
-from medistill_trl.study.record import StudyRecord
+from medistill_trl.study.record import STUDY, StudyRecord
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> int:
     out = given.out or Path("outputs") / study.name
     runs = grid.expand(study, out)
     progress.check_unchanged(runs)
-    record = StudyRecord(out / "study.json", study, runs)
+    record = StudyRecord(out / STUDY, study, runs)
     if given.commands:
         with only_study(out):
             _print_commands(study, runs, record, out, given.config_file)
         return 0
     print(tables.header(study, runs, out))
-    known = progress.seconds_per_step(out.parent)
+    known = timing.read_known(out.parent, study)
     if given.dry_run:
         launcher = ["--config_file", given.config_file] if given.config_file else []
         memory = plan.measure(runs, launcher)
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         Executor(study, runs, record, slots, given.config_file, known).work()
         print(tables.results(record))
         finished = record.count("finished")
-        print(f"\n{finished} of {len(runs)} runs finished; {out}/study.json\n", flush=True)
+        print(f"\n{finished} of {len(runs)} runs finished; {out / STUDY}\n", flush=True)
         compared = _compare(out, partial=finished < len(runs)) if finished else True
     return 0 if compared and finished == len(runs) else 1
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from medistill_trl.errors import Interrupted, UserError
 from medistill_trl.launch import die_with_parent, read_config
 from medistill_trl.locks import try_lock
-from medistill_trl.study import progress
+from medistill_trl.run_directory import RECORD, RunDirectory
+from medistill_trl.study import progress, timing
 from medistill_trl.study.commands import as_typed, commands, executable
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
@@ -91,13 +92,13 @@ class Job:
     """A run at work: its commands one after the other, in one slot.
 
     Args:
-        expected: Seconds it will take, as far as known.
+        expected: What it will take, as far as known.
     """
 
     run: Run
     waiting: list[list[str]]
     slot: Slot
-    expected: float | None = None
+    expected: timing.Expected
     started: float = field(default_factory=time.monotonic)
     process: subprocess.Popen | None = None
     command: list[str] = field(default_factory=list)
@@ -170,7 +171,7 @@ class Executor:
 
     Args:
         config_file: Of accelerate launch; None for none.
-        known: Seconds of a step, by `progress.cost_key`.
+        known: What earlier runs took; those that finish here are added.
     """
 
     def __init__(
@@ -180,12 +181,13 @@ class Executor:
         record: StudyRecord,
         slots: list[Slot],
         config_file: str | None,
-        known: dict[str, float],
+        known: timing.Known,
     ):
         self.study, self.runs, self.record = study, runs, record
         self.free, self.num_slots = list(slots), len(slots)
         self.config_file, self.known = config_file, known
         self.waiting: list[Run] = []
+        self.finished: list[Run] = []
         self.working: list[Job] = []
         self.stop_signal: int | None = None
         tqdm.monitor_interval = 0  # no second thread in a process that forks
@@ -232,7 +234,8 @@ class Executor:
             time.sleep(POLL_SECONDS)
 
     def _start(self, run: Run) -> None:
-        job = Job(run, self._commands(run), self.free.pop(0), self._expected(run))
+        (expected,) = self._expected([run])
+        job = Job(run, self._commands(run), self.free.pop(0), expected)
         how = "resumed" if "--resume" in job.waiting[0] else "started"
         job.start_next()
         self.working.append(job)
@@ -247,7 +250,7 @@ class Executor:
             return
         self._release(job)
         if code == 0:
-            self._finish(job.run, f"finished in {progress.duration(job.seconds)}")
+            self._finish(job.run, f"finished in {timing.duration(job.seconds)}")
         else:
             problem = f"{_how_ended(code)}: {as_typed(job.command)}"
             self.record.update(job.run, state="failed", exit_code=code, problem=problem)
@@ -267,8 +270,10 @@ class Executor:
         problem = progress.shortfall(self.study.budget, result)
         state = "short" if problem else "finished"
         self.record.update(run, **result, state=state, exit_code=0, problem=problem)
-        seconds = max(result["training_seconds"], self.record[run]["wall_seconds"])
-        self.known[progress.cost_key(run.recipe.values)] = seconds / result["steps"]
+        self.finished.append(run)
+        self.known.learn(
+            RunDirectory(run.directory).read_result(RECORD), self.record[run]["wall_seconds"]
+        )
         self._say(f"{run.name}: {problem or how}")
         self.bar.update()
 
@@ -305,12 +310,14 @@ class Executor:
         self.bar.write(f"{time.strftime('%T')} {text}", file=sys.stdout)
         sys.stdout.flush()
 
-    def _expected(self, run: Run) -> float | None:
-        return progress.expected_seconds(run, self.study.budget, self.known)
+    def _expected(self, runs: Sequence[Run]) -> list[timing.Expected]:
+        """What runs will take that start after those at work."""
+        before = [*self.finished, *(job.run for job in self.working)]
+        return timing.expected(runs, before, self.study.budget, self.known)
 
     def _show_progress(self) -> None:
         working = [(job.expected, job.seconds) for job in self.working]
-        left = progress.time_left(map(self._expected, self.waiting), working, self.num_slots)
+        left = timing.time_left(self._expected(self.waiting), working, self.num_slots)
         steps = [
             f"{j.run.name} {progress.current_step(log_of(j.run)) or '…'}" for j in self.working
         ]

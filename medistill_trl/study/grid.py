@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,17 @@ class Run:
     @property
     def draws_from_store(self) -> bool:
         """Whether it trains on completions of the teacher that the store keeps."""
-        module = f"medistill_trl.methods.{self.method}"
-        trains_on = read_trains_on(module, config_class_name(module))
-        return trains_on != "student" and self.recipe.values["teacher_completions"] == "stored"
+        return (
+            trains_on(self.method) != "student"
+            and self.recipe.values["teacher_completions"] == "stored"
+        )
+
+
+@cache
+def trains_on(method: str) -> str:
+    """Whose completions a method takes the loss on: `teacher` or `student`."""
+    module = f"medistill_trl.methods.{method}"
+    return read_trains_on(module, config_class_name(module))
 
 
 def identity(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """What has been done: run directories, results and logs, looked at from outside."""
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,6 @@ from medistill_trl.study.grid import Run, identity
 
 TAIL_BYTES = 16384
 COMMAND = "== "  # begins the line of a command in a log
-# What a step's time depends on, besides the machine.
-COST_KEYS = (
-    "method", "teacher_model", "student_model", "student_keep_layers", "use_lora", "student_load_in_4bit",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "teacher_max_new_tokens",
-)  # fmt: skip
 
 
 def is_trained(run: Run) -> bool:
@@ -120,66 +113,3 @@ def current_step(log: Path) -> str | None:
     """What the newest progress bar of a log counts, such as 12/48."""
     found = re.findall(r"(\d+/\d+) \[", "\n".join(tail(log, 1000)))
     return found[-1] if found else None
-
-
-def seconds_per_step(folder: Path) -> dict[str, float]:
-    """Time of an optimizer step, by `cost_key`, in the finished runs in a folder and its folders.
-
-    The newest run of a kind counts. Records of other versions, which do not say so, are passed over.
-    """
-    paths = [*folder.glob("*/results/run.json"), *folder.glob("*/*/results/run.json")]
-    records = [_readable(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
-    return {
-        cost_key(record["recipe"]): (record["seconds"] - record["seconds_drawing"])
-        / record["steps"]
-        for record in records
-        if record is not None and record.get("steps")
-    }
-
-
-def _readable(path: Path) -> dict | None:
-    try:
-        return RunDirectory(path.parents[1]).read_result(path.name)
-    except UserError:  # it is refused where its run is wanted
-        return None
-
-
-def cost_key(values: dict[str, Any]) -> str:
-    return json.dumps([values.get(key) for key in COST_KEYS])
-
-
-def expected_seconds(run: Run, budget: Budget, known: dict[str, float]) -> float | None:
-    """Of training, from runs that were like this one; None if there are none."""
-    step = known.get(cost_key(run.recipe.values))
-    if budget.kind == "seconds":
-        return budget.amount
-    return None if step is None else step * budget.max_steps
-
-
-def time_left(
-    expected: Iterable[float | None], working: Iterable[tuple[float | None, float]], jobs: int
-) -> str:
-    """Until the last run ends, in words; `at least` where nothing is known of some runs.
-
-    Args:
-        expected: Seconds of every run that waits.
-        working: Of every run at work the seconds it is expected to take, and those it has run.
-        jobs: Runs side by side.
-    """
-    working = list(working)
-    rest = [None if total is None else max(0.0, total - spent) for total, spent in working]
-    every = [*expected, *rest]
-    known = [seconds for seconds in every if seconds is not None]
-    if every and not known:
-        return "unknown"
-    longest = max([seconds for seconds in rest if seconds is not None], default=0.0)
-    about = "about" if len(known) == len(every) else "at least"
-    return f"{about} {duration(max(sum(known) / jobs, longest))}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

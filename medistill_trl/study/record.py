@@ -8,6 +8,7 @@ from medistill_trl.sealed_json import read_record, write_record
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 
+STUDY = "study.json"
 SCHEMA_VERSION = 1
 REMEDY = "remove it: it is written anew, and runs that are finished stay so"
 STATES = ("waiting", "running", "finished", "short", "failed", "stopped")

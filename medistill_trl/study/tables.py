@@ -1,9 +1,11 @@
 """What a study shows of itself: its budget, its plan and what came out, as plain text."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medistill_trl.study import progress
+from medistill_trl.study import progress, timing
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 from medistill_trl.study.record import StudyRecord
@@ -23,25 +25,24 @@ def plan(
     study: Study,
     runs: list[Run],
     memory: dict[str, dict[str, Any]],
-    known: dict[str, float],
+    known: timing.Known,
     jobs: int,
 ) -> str:
     """What is to be done: one line a run, then the sum.
 
     Args:
         memory: See `plan.measure`.
-        known: See `progress.seconds_per_step`.
     """
-    rows, expected, problems = [], [], []
+    to_do = [run for run in runs if not progress.is_trained(run)]
+    finished = [run for run in runs if progress.is_trained(run)]
+    expected = timing.expected(to_do, finished, study.budget, known)
+    rows, problems = [], []
     for run in runs:
-        seconds = progress.expected_seconds(run, study.budget, known)
         found = memory[run.name]
         if "problem" in found:
             problems.append(f"{run.name}: {found['problem']}")
-        state = "finished" if progress.is_trained(run) else "new"
-        if state == "new":
-            expected.append(seconds)
-            state = "unfinished" if progress.is_started(run) else "new"
+        state = "unfinished" if progress.is_started(run) else "new"
+        state = "finished" if progress.is_trained(run) else state
         rows.append(
             [
                 run.name,
@@ -49,14 +50,14 @@ def plan(
                 state,
                 "training and held out" if run.draws_from_store else "held out",
                 f"{found['peak_gb']:.2f} GB" if "peak_gb" in found else "unknown",
-                progress.duration(seconds),
+                timing.duration(known.training(run, study.budget)),
             ]
         )
-    left = progress.time_left(expected, [], jobs)
+    left = timing.time_left(expected, [], jobs)
     heads = ["run", "recipe", "state", "from the store", "memory", "training"]
     lines = [
         table(heads, rows),
-        f"\nto do: {len(expected)} runs, {jobs} at a time: {left} of training",
+        f"\nto do: {len(to_do)} runs, {jobs} at a time: {left}{_parts(expected)}",
         "Memory is an estimate, per device: on a GPU add about 1 GB and 10 %, on CPU about 1 GB. Time is that of "
         "finished runs of the same kind.",
     ]
@@ -65,6 +66,21 @@ def plan(
             "\nthese runs would be refused:\n" + "\n".join(f"  {line}" for line in problems)
         )
     return "\n".join(lines)
+
+
+def _parts(expected: Sequence[timing.Expected]) -> str:
+    """What the time goes into; nothing where none of it is known."""
+    names = {
+        "training": "training",
+        "drawing": "the teacher's completions, each drawn once",
+        "around": "loading, checks and evaluation",
+    }
+    parts = []
+    for part, name in names.items():
+        known = [seconds for run in expected if (seconds := asdict(run)[part]) is not None]
+        if known:
+            parts.append(f"{timing.duration(sum(known))} of {name}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def results(record: StudyRecord) -> str:
@@ -76,7 +92,7 @@ def results(record: StudyRecord) -> str:
             before, after = entry["heldout"]["before"], entry["heldout"]["after"]
             row += [
                 str(entry["steps"]),
-                progress.duration(entry["training_seconds"]),
+                timing.duration(entry["training_seconds"]),
                 f"{entry['tokens']['trained']:,}",
                 f"{entry['tokens']['generated_teacher']:,}",
                 f"{entry['tokens']['generated_student']:,}",
