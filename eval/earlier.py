@@ -75,7 +75,7 @@ def keep(out: Path, now: dict, measured: Sequence[str]) -> Kept:
     now = json.loads(json.dumps(now))  # as it is read back
     found = [name for name, part in earlier["results"].items() if part.keys() != {"skipped"}]
     others = [name for name in found if name not in measured]
-    changed = _changes(earlier, now)
+    changed = changes(earlier, now)
     decisive = set().union(*map(options_of, measured))
     differing = {
         name for name, value in now["options"].items() if earlier["options"].get(name) != value
@@ -96,7 +96,7 @@ def keep(out: Path, now: dict, measured: Sequence[str]) -> Kept:
     return Kept(earlier, kept)
 
 
-def _changes(earlier: dict, now: dict) -> list[str]:
+def changes(earlier: dict, now: dict) -> list[str]:
     """What no part of the earlier result can be kept for, in words."""
     same = {
         "its schema": lambda content: content["schema_version"],

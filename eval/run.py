@@ -154,10 +154,10 @@ def evaluate(request: Request) -> Path:
         pair = subjects.load_run(request.run, request.allow_partial, trusted)
     else:
         pair = subjects.load_models(request.models)
-    request = _with_verifier(request, pair.recipe)
+    request = with_verifier(request, pair.recipe)
     for part in request.parts.values():
         part.check(pair, request.data, request.options)
-    described = _describe(request, pair)
+    described = describe(request, pair)
     content = earlier.keep(request.out, described, list(request.parts)).beside(
         described, list(request.parts)
     )
@@ -176,7 +176,7 @@ def evaluate(request: Request) -> Path:
     return directory.evaluation
 
 
-def _with_verifier(request: Request, recipe: dict | None) -> Request:
+def with_verifier(request: Request, recipe: dict | None) -> Request:
     """With the recipe's verifier, where the command names none."""
     verifier = request.options.verifier or (recipe or {}).get("verifier")
     return replace(request, options=replace(request.options, verifier=verifier))
@@ -205,7 +205,7 @@ def _write(path: Path, content: dict) -> None:
     write_record(path, {**content, **ordered}, finite=True)
 
 
-def _describe(request: Request, pair) -> dict:
+def describe(request: Request, pair) -> dict:
     """What was evaluated, on what and where: all that the numbers depend on."""
     from medistill_trl.run_record import environment
 

@@ -19,6 +19,7 @@ from eval import run as command
 from eval.comparison.measures import FAMILIES
 from eval.comparison.result import build
 from eval.comparison.runs import find
+from eval.made import is_made
 from eval.options import ModelOptions
 from eval.subjects import load_models, load_run
 from medistill_trl.errors import UserError
@@ -81,6 +82,42 @@ def test_the_result_says_what_was_evaluated(evaluated, trained, data):
     assert 0.1 < cost["peak_host_memory_gb"] < 8
     assert cost["items_computed"] == 2 * (3 * 5 + 3 * 2)  # two models; two lettered ones twice
     assert cost["items_from_store"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (BENCHMARKS, True),
+        ([*BENCHMARKS, "--seed", "42"], True),  # as by default
+        ([*BENCHMARKS, "--few_shot", "1"], False),
+        (["--tasks", "benchmarks", "--limit", "2"], False),
+        (["--tasks", "benchmarks", "perplexity", "--limit", "3"], False),
+        ([*BENCHMARKS, "--out", "elsewhere"], False),
+        ([*BENCHMARKS, "--no_such_flag"], False),
+    ],
+)
+def test_an_evaluation_that_lies_there_is_known_by_what_it_depends_on(
+    evaluated, trained, data, words, made
+):
+    assert is_made([str(trained), "--data", str(data), *words]) is made
+
+
+def test_an_evaluation_of_other_data_or_another_recipe_is_not_the_one_that_is_wanted(
+    evaluated, trained, data, tmp_path
+):
+    run, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(trained, run)
+    shutil.copytree(data, other)
+    words = [str(run), "--data", str(other), *BENCHMARKS]
+    assert is_made(words)
+    file = other / "benchmarks/medqa.jsonl"
+    text = file.read_text()
+    file.write_text(text + "\n")
+    assert not is_made(words)
+    file.write_text(text)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "weight_decay: 0.5\n")
+    assert not is_made(words)
 
 
 def test_both_models_have_results_and_items(evaluated, trained):

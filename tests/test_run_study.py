@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, run_command, write_tiny_overlay
+from evaluations import evaluate
 
 ADAPTER = "final_model/adapter_model.safetensors"
 SFT, KD, COT = "sft-seed_1", "logit_kd-seed_1", "cot-seed_1"
@@ -127,6 +128,27 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
     assert result.returncode == 2
     assert "max_steps: 4.0 then, 5.0 now" in result.stderr
     assert "Give the study another --out" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_evaluation_made_by_hand_counts_where_it_is_what_the_study_would_make(
+    finished, sample_build
+):
+    folder, overlay, _ = finished
+    run, (data, *_) = folder / "out" / SFT, sample_build
+    asked = ["--data", data, "--tasks", "benchmarks", "--benchmarks", "pubmedqa", "--limit", "2"]
+    assert evaluate(run, *asked) == 0
+
+    def left(limit):
+        flags = {"data": str(data), "tasks": ["benchmarks"], "benchmarks": ["pubmedqa"]}
+        given = f"evaluate={json.dumps(flags | {'limit': limit})}"
+        changes = ["--set", "grid=[{method: [sft]}]", given]
+        return run_command(*words(folder, overlay, "--commands", *changes)).stdout.splitlines()
+
+    (line, *_) = left(limit=3)
+    assert line.startswith(f"python -m eval.run {run} ")
+    assert left(limit=2)[0] == "# when all of them have ended:"
+    assert entry(folder / "out", SFT)["evaluated"][-1] == "2"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from medistill_trl import disk
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.study import definition, grid, plan, progress, tables, timing
-from medistill_trl.study.commands import as_typed, commands, compare_command, executable
+from medistill_trl.study.commands import as_typed, commands, compare_command, executable, recognise
 from medistill_trl.study.execution import Executor, make_slots, only_study
 from medistill_trl.study.record import STUDY, StudyRecord
 
@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
     record = StudyRecord(out / STUDY, study, runs)
     if given.commands:
         with only_study(out):
+            recognise(runs, study, record)
             _print_commands(study, runs, record, out, given.config_file)
         return 0
     print(tables.header(study, runs, out))
@@ -82,6 +83,8 @@ def main(arguments: list[str]) -> int:
     _show_warnings(runs)
     with only_study(out), disk.explained(out, how_to_go_on="give the same command again"):
         slots = make_slots(given.jobs, given.config_file)
+        for run in recognise(runs, study, record):
+            print(f"{run.name}: is evaluated already, as the study would")
         Executor(study, runs, record, slots, given.config_file, known).work()
         print(tables.results(record))
         finished = record.count("finished")

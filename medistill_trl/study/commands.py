@@ -1,14 +1,20 @@
 """The commands of a study, as a user would type them."""
 
+import json
 import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from medistill_trl.errors import RunFailed
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.study import progress
 from medistill_trl.study.definition import Study
 from medistill_trl.study.grid import Run
 from medistill_trl.study.record import StudyRecord
+
+EVALUATE = ("python", "-m", "eval.run")
 
 
 def train_command(run: Run, config_file: str | None) -> list[str]:
@@ -24,7 +30,7 @@ def evaluate_command(run: Run, study: Study) -> list[str]:
     for key, value in study.evaluate.items():
         values = value if isinstance(value, list) else [value]
         flags += [f"--{key}", *(str(item) for item in values if item is not True)]
-    return ["python", "-m", "eval.run", str(run.directory), *flags]
+    return [*EVALUATE, str(run.directory), *flags]
 
 
 def commands(run: Run, study: Study, record: StudyRecord, config_file: str | None) -> list[list]:
@@ -37,6 +43,45 @@ def commands(run: Run, study: Study, record: StudyRecord, config_file: str | Non
         )
         left += [] if done and not left else [command]
     return left
+
+
+def recognise(runs: Sequence[Run], study: Study, record: StudyRecord) -> list[Run]:
+    """Take evaluations for the study's own that somebody else has made just as the study would; returns their runs.
+
+    The evaluation knows what it depends on, so it is asked, in a process of its own: it loads torch.
+
+    Raises:
+        RunFailed: it ended early.
+    """
+    if study.evaluate is None:
+        return []
+    evaluated = [
+        run
+        for run in runs
+        if progress.is_trained(run) and RunDirectory(run.directory).evaluation.exists()
+    ]
+    wanted = {run.name: evaluate_command(run, study) for run in evaluated}
+    open_ = {
+        run.name: wanted[run.name]
+        for run in evaluated
+        if record[run]["evaluated"] != wanted[run.name]
+    }
+    if not open_:
+        return []
+    ended = subprocess.run(
+        [sys.executable, "-m", "eval.made"],
+        input=json.dumps({name: command[len(EVALUATE) :] for name, command in open_.items()}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode != 0:
+        raise RunFailed(f"the evaluations that are there could not be looked at:\n{ended.stderr}")
+    made = json.loads(ended.stdout)
+    found = [run for run in runs if run.name in made]
+    for run in found:
+        record[run]["evaluated"] = open_[run.name]
+    return found
 
 
 def compare_command(out: Path, partial: bool) -> list[str]:
