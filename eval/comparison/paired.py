@@ -9,7 +9,8 @@ items, and two things make a difference uncertain:
   make more questions.
 - **seeds**: would other seeds say the same? Known only with two runs or more on both sides. Then the variance between
   items and that between runs are added, and Student's t is taken at Satterthwaite's degrees of freedom; with two runs on
-  a side at no more than the runs have, all runs less two.
+  a side at no more than the runs have, all runs less two. The interval of one configuration of two runs has at most
+  two, as the difference of two such has.
 
 Shapes: S runs, N items, K differences.
 """
@@ -149,7 +150,8 @@ def _item_part(values_N: np.ndarray) -> list[tuple[float, int]]:
 
 
 def estimate(sample: Sample) -> Estimate:
-    """A configuration's measure; with several seeds its interval is for other items and other seeds."""
+    """A configuration's measure; with several seeds its interval is for other items and other seeds, with one seed
+    for other items of this run."""
     n = sample.values_SN.shape[1]
     if sample.seeds == 1:
         if sample.kind == "right or wrong":
@@ -166,6 +168,8 @@ def estimate(sample: Sample) -> Estimate:
         return Estimate(
             sample.value, known and known.interval, n, note=None if known else ALL_EQUAL
         )
+    if sample.seeds == FEW_SEEDS:
+        error = error.at_most(2 * FEW_SEEDS - 2)
     low, high = sample.value - error.half_width, sample.value + error.half_width
     if sample.kind == "right or wrong":
         low, high = max(0.0, low), min(1.0, high)
