@@ -21,10 +21,12 @@ from sealed import seal
 from eval.report import write_report
 from eval.report.__main__ import main
 from eval.report.items import browser, outcome, read_items
+from eval.report.evaluation import sections
 from eval.report.recipe_diff import differences
 from eval.report.tables import CHANGE, PERCENT, POINTS, Form
 from eval.report.verdict import of_evaluation
 from medistill_trl.errors import UserError
+from eval.statistics import wilson
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,54 @@ def test_what_cannot_be_read_is_never_inherited():
 
 def test_items_carry_their_questions_once(page):
     items = items_of(page)
+def cells(table, row):
+    """Column → text of the first row that begins so."""
+    found = next(cells for cells in table.rows if cells[0].text == row)
+    return dict(zip(table.columns, (cell.text for cell in found), strict=True))
+
+
+def test_what_was_not_asked_stands_beside_what_could_not_be_read():
+    score = {
+        "accuracy": wilson(4, 10).to_dict(),
+        "unparsed": wilson(3, 10).to_dict(),
+        "accuracy_of_parsed": wilson(4, 7).to_dict(),
+        "cut_at_limit": 1,
+        "too_long": 2,
+        "predictions": {"A": 7, "unparsed": 3},
+    }
+    floor = {"majority_label": "A", "majority_accuracy": 0.3, "random_accuracy": 0.25}
+    part = {"protocol": "the answer alone", "answer_tokens": 32}
+    part["medqa"] = {"num_items": 10, "floor": floor, "student": score}
+    (section,) = sections({"generative": part})
+    assert cells(section.tables[1], "MedQA")["not asked: too long"] == "2"
+
+
+def test_abstentions_stand_below_the_answers_without_claims():
+    answers = {"without_claims": wilson(3, 8).to_dict(), "abstained": wilson(2, 8).to_dict()}
+    answers |= {"claims": 9, "cut_at_limit": 0, "questions_too_long": 1}
+    part = {"prompts": 8, "student": {"answers": answers}, "verifier": {"skipped": "none given"}}
+    (section,) = sections({"faithfulness": part})
+    (table,) = section.tables
+    assert [row[0].text for row in table.rows[:2]] == [
+        "answers without claims",
+        "answers that say the evidence does not answer",
+    ]
+    assert cells(table, "answers that say the evidence does not answer")["student"] == "25.0\u00a0%"
+    assert cells(table, "questions not asked: too long")["student"] == "1"
+
+
+def test_how_far_apart_the_options_probabilities_lie_stands_with_what_was_kept(folder):
+    content = json.loads((folder / "results/comprehensive_evaluation.json").read_text())
+    part = content["results"]["retention"]
+    column = "JS of the options, nats"
+    (section,) = sections({"retention": part})
+    assert column not in section.tables[0].columns  # of written answers there is none
+    for found in part["benchmarks"].values():
+        found["option_js_nats"] = {"value": 0.25, "interval_95": [0.2, 0.3], "n": 400}
+    (section,) = sections({"retention": part})
+    assert cells(section.tables[0], "MedQA")[column] == "0.250"
+
+
     assert items["missing"] == []
     assert len(items["questions"]) == 3 * 400 + 3 + 4
     first = next(s for s in items["sets"] if s["name"] == "benchmarks/medqa")["items"][5]

@@ -133,13 +133,14 @@ def _unparsed(part: dict) -> Table:
             estimated(found[subject]["unparsed"], PERCENT),
             estimated(found[subject]["accuracy_of_parsed"], PERCENT),
             number(found[subject]["cut_at_limit"], COUNT),
+            number(found[subject].get("too_long"), COUNT),
             words(_histogram(found[subject]["predictions"])),
         ]
         for benchmark, found in measured(part).items()
         for subject in ("student", "teacher")
         if subject in found
     ]
-    columns = ["benchmark", "model", "unreadable", "accuracy of the rest", "cut at the limit", "answers given"]  # fmt: skip
+    columns = ["benchmark", "model", "unreadable", "accuracy of the rest", "cut at the limit", "not asked: too long", "answers given"]  # fmt: skip
     return Table(columns, rows, "What could be read", folded=True)
 
 
@@ -151,13 +152,15 @@ def retention(part: dict) -> Section:
         "retention",
         PARTS["retention"],
         "Each item counts by who is right. Kept: both; lost: only the teacher; gained: only the student. Inherited "
-        "are the teacher's errors that the student repeats. The numbers of items open them below.",
+        "are the teacher's errors that the student repeats. JS is how far the two models' probabilities of the options lie "
+        "apart, from 0 to ln 2 = 0.693, whatever their tokenizers. The numbers of items open them below.",
         tables,
     )
 
 
 def _retention(protocol: str, part: dict, caption: str) -> Table:
     rows = []
+    diverge = any("option_js_nats" in found for found in part.values())  # by likelihood alone
     for benchmark, found in part.items():
         items = f"{protocol}/{benchmark}"
         rows.append(
@@ -177,10 +180,11 @@ def _retention(protocol: str, part: dict, caption: str) -> Table:
                 estimated(found["inherited_errors"], PERCENT),
                 estimated(found["agreement"], PERCENT),
                 number(found["kappa"]),
+                *([estimated(found.get("option_js_nats"))] if diverge else []),
             ]
         )
     columns = [
         "benchmark", "kept of what the teacher has right", "student − teacher", "kept", "lost", "gained", "both wrong",
-        "errors inherited", "same answer", "Cohen's κ",
+        "errors inherited", "same answer", "Cohen's κ", *(["JS of the options, nats"] if diverge else []),
     ]  # fmt: skip
     return Table(columns, rows, caption)

@@ -53,6 +53,7 @@ FAITHFULNESS = {
     ("claims", "unsupported"): "claims neither supported nor contradicted",
     ("claims", "faithfulness_by_answer"): "supported share, mean over answers",
     ("answers", "without_claims"): "answers without claims",
+    ("answers", "abstained"): "answers that say the evidence does not answer",
     ("citations", "claims_with_citation"): "claims that cite",
     ("citations", "existence"): "cited passages that exist",
     ("citations", "recall"): "citation recall",
@@ -132,9 +133,13 @@ def faithfulness(part: dict) -> Section:
         cells = [estimated(part[name].get(group, {}).get(key), PERCENT) for name in subjects]
         if any(cell.text != MISSING for cell in cells):
             rows.append([words(label), *cells])
-    for key, label in (("claims", "claims"), ("cut_at_limit", "answers the limit cut")):
+    for key, label in (
+        ("claims", "claims"),
+        ("cut_at_limit", "answers the limit cut"),
+        ("questions_too_long", "questions not asked: too long"),
+    ):
         rows.append(
-            [words(label), *(number(part[name]["answers"][key], COUNT) for name in subjects)]
+            [words(label), *(number(part[name]["answers"].get(key), COUNT) for name in subjects)]
         )
     notes = _reasons([part["verifier"]])
     if not notes:
