@@ -98,6 +98,8 @@ def record(recipe: dict, skill: float, seconds: float) -> dict:
         "recipe": recipe,
         **ENVIRONMENT,
         "seed": recipe["seed"],
+        "steps": 48,
+        "ended_by": "schedule",
         "seconds": seconds,
         "peak_memory_gb": 3.3,
         "tokens": {"trained": 11000, "generated_teacher": 3800, "generated_student": 0},

@@ -7,6 +7,7 @@ from comparisons import KL, compare, content_of, refused
 from run_folders import edit, write_json, write_run
 from sealed import seal
 
+from eval.comparison.runs import find
 from eval.comparison.tables import document
 from eval.report import write_report
 from medistill_trl.errors import UserError
@@ -207,3 +208,27 @@ def test_a_study_with_a_failed_run(study, capsys):
     assert "the configurations have different numbers of seeds" in content["notes"]
     assert list(content["left_out"].values()) == ["exit status 1"]
     assert "exit status 1" in document(content)
+@pytest.mark.parametrize(
+    ("budget", "ended_by", "why"),
+    [
+        ({"kind": "optimizer_steps", "amount": 60, "max_steps": 60}, "schedule", "ended after 48 steps"),
+        ({"kind": "seconds", "amount": 9.0, "max_steps": 48}, "schedule", "raise budget.max_steps"),
+        ({"kind": "seconds", "amount": 9.0, "max_steps": 90}, "max_seconds", None),
+    ],
+)  # fmt: skip
+def test_a_run_of_a_scheduler_is_held_to_the_budget_too(study, capsys, budget, ended_by, why):
+    folder, record = study
+    name = record["runs"][0]["name"]
+    record["budget"] = budget
+    record["runs"][0]["state"] = "waiting"
+    write_json(folder / "study.json", record)
+    edit(folder / name, "run.json", ended_by=ended_by)
+    if why is None:
+        assert len(find([folder]).runs) == 4
+        return
+    assert why in refused(capsys, folder)
+    found = find([folder], allow_partial=True)
+    assert [run.name for run in found.runs] == [entry["name"] for entry in record["runs"][1:]]
+    assert why in found.left_out[str(folder / name)]
+
+

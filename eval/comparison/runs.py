@@ -12,6 +12,8 @@ from medistill_trl.arguments import EVALUATION_KEYS
 from medistill_trl.errors import UserError
 from medistill_trl.run_directory import EVALUATION, RECORD, RunDirectory
 from medistill_trl.sealed_json import read_record
+from medistill_trl.study.definition import Budget
+from medistill_trl.study.progress import shortfall
 from medistill_trl.study.record import STUDY
 
 RECORD_VERSION = 1
@@ -165,14 +167,18 @@ def _add_study(folder: Path, found: Found, unfinished: dict[str, str]) -> None:
         # Those that wait were left to a scheduler, or to a study that was stopped: they may have ended since.
         open_ = entry["state"] in ("waiting", "running", "stopped")
         if entry["state"] == "finished" or (open_ and RunDirectory(path).is_complete):
-            _add_run(path, found, unfinished)
+            # Those that the study has seen end used its budget; of the others nobody has looked.
+            _add_run(path, found, unfinished, Budget(**record["budget"]) if open_ else None)
         else:
             why = entry.get("problem") or f"the study has it as {entry['state']}"
             unfinished[str(path)] = found.left_out[str(path)] = why
     found.studies.append({key: value for key, value in record.items() if key != "runs"})
 
 
-def _add_run(path: Path, found: Found, unfinished: dict[str, str]) -> None:
+def _add_run(
+    path: Path, found: Found, unfinished: dict[str, str], budget: Budget | None = None
+) -> None:
+    """Take a run, unless it has no record, or fell short of a budget."""
     directory = RunDirectory(path)
     if not directory.recipe.is_file() and not directory.results.is_dir():
         raise UserError(
@@ -189,7 +195,13 @@ def _add_run(path: Path, found: Found, unfinished: dict[str, str]) -> None:
     evaluation = None
     if directory.evaluation.is_file():
         evaluation = _read(directory, EVALUATION, EVALUATION_VERSION)
-    found.runs.append(Run(path, record, evaluation, directory.is_complete))
+    run = Run(path, record, evaluation, directory.is_complete)
+    result = {"steps": run.steps, "ended_by": record.get("ended_by")}
+    short = None if budget is None else shortfall(budget, result)
+    if short is None:
+        found.runs.append(run)
+    else:
+        unfinished[str(path)] = found.left_out[str(path)] = short
 
 
 def _read(directory: RunDirectory, name: str, version: int) -> dict:
