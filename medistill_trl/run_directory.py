@@ -9,6 +9,7 @@ tensorboard/, wandb/      only of a tracker that `report_to` names
 COMPLETE                  written last; without it the run does not count as finished
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,17 @@ class RunDirectory:
             UserError: it is not as it was written.
         """
         return sealed_json.read_record(self.results / name, self._remedy(name))
+
+    def digests(self) -> dict[str, str | None]:
+        """Which results these are: the sha256 of each file, None of one that is not there.
+
+        A page that shows what was made of results tells by them whether they are still the same.
+        """
+        found = {}
+        for name in (RECORD, EVALUATION):
+            path = self.results / name
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        return found
 
     def read_items(self, part: str) -> list[dict]:
         """What `write_items` wrote; none if the file is not there.

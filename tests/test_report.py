@@ -10,23 +10,25 @@ from html.parser import HTMLParser
 import pytest
 from report_runs import (
     ATTACK,
+    PNG,
     write_attacking_run,
     write_evaluation,
     write_json,
     write_lines,
     write_run,
 )
-from sealed import seal
+from sealed import read, seal
 
 from eval.report import write_report
 from eval.report.__main__ import main
-from eval.report.items import browser, outcome, read_items
 from eval.report.evaluation import sections
+from eval.report.items import browser, outcome, read_items
 from eval.report.recipe_diff import differences
 from eval.report.tables import CHANGE, PERCENT, POINTS, Form
 from eval.report.verdict import of_evaluation
-from medistill_trl.errors import UserError
 from eval.statistics import wilson
+from medistill_trl.errors import UserError
+from medistill_trl.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,28 @@ def test_a_run_that_is_not_evaluated_says_how_to(tmp_path):
     assert "Benchmarks, by likelihood" not in text
 
 
+@pytest.mark.parametrize("again", ["run.json", "comprehensive_evaluation.json", None])
+def test_pictures_are_of_the_results_that_the_page_shows(tmp_path, again):
+    """A comparison of the run has drawn them; after another training or evaluation they are of something else."""
+    run = write_run(tmp_path / "sft_a")
+    write_evaluation(run, tmp_path / "data", {"medqa": (0.6, 0.5)}, items=40)
+    results = run / "results"
+    for name in ("fidelity_metrics.png", "pareto.png", "benchmark_comparison.png"):
+        (results / name).write_bytes(PNG)
+    compared = {"pictures": ["benchmark_comparison.png", "fidelity_metrics.png"]}
+    compared["configurations"] = [{"results": [RunDirectory(run).digests()]}]
+    write_json(results / "comparison.json", compared)
+    if again is not None:
+        content = read(results / again)
+        content["device"] = "another"
+        write_json(results / again, content)
+    pictures = write_report(run).read_text().count("data:image/png")
+    assert pictures == (3 if again is None else 1)  # its own curves in any case
+    compared["configurations"] *= 2  # of this run among others
+    write_json(results / "comparison.json", compared)
+    assert write_report(run).read_text().count("data:image/png") == 1
+
+
 # --- the evaluation --------------------------------------------------------------------------------
 
 
@@ -200,30 +224,6 @@ def test_an_evaluation_without_a_run_or_a_teacher_has_a_page(tmp_path):
     assert "There is no teacher" in page or "there is no teacher" in page
 
 
-# --- items -----------------------------------------------------------------------------------------
-
-
-def test_outcomes_are_those_that_retention_counts(folder, page):
-    content = json.loads((folder / "results/comprehensive_evaluation.json").read_text())
-    for found in items_of(page)["sets"]:
-        if not found["name"].startswith("benchmarks/"):
-            continue
-        counted = content["results"]["retention"]["benchmarks"][found["name"].split("/")[1]]
-        outcomes = [item["outcomes"]["student"] for item in found["items"]]
-        for name in ("kept", "lost", "gained"):
-            assert outcomes.count(name) == counted[name] > 0
-        assert outcomes.count("inherited") + outcomes.count("both_wrong") == counted["both_wrong"]
-        assert outcomes.count("inherited") > 0
-
-
-def test_what_cannot_be_read_is_never_inherited():
-    unread = {"right": False, "choice": None}
-    assert outcome(unread, unread) == "both_wrong"
-    assert outcome({"right": False, "choice": 2}, {"right": False, "choice": 2}) == "inherited"
-
-
-def test_items_carry_their_questions_once(page):
-    items = items_of(page)
 def cells(table, row):
     """Column → text of the first row that begins so."""
     found = next(cells for cells in table.rows if cells[0].text == row)
@@ -272,6 +272,30 @@ def test_how_far_apart_the_options_probabilities_lie_stands_with_what_was_kept(f
     assert cells(section.tables[0], "MedQA")[column] == "0.250"
 
 
+# --- items -----------------------------------------------------------------------------------------
+
+
+def test_outcomes_are_those_that_retention_counts(folder, page):
+    content = json.loads((folder / "results/comprehensive_evaluation.json").read_text())
+    for found in items_of(page)["sets"]:
+        if not found["name"].startswith("benchmarks/"):
+            continue
+        counted = content["results"]["retention"]["benchmarks"][found["name"].split("/")[1]]
+        outcomes = [item["outcomes"]["student"] for item in found["items"]]
+        for name in ("kept", "lost", "gained"):
+            assert outcomes.count(name) == counted[name] > 0
+        assert outcomes.count("inherited") + outcomes.count("both_wrong") == counted["both_wrong"]
+        assert outcomes.count("inherited") > 0
+
+
+def test_what_cannot_be_read_is_never_inherited():
+    unread = {"right": False, "choice": None}
+    assert outcome(unread, unread) == "both_wrong"
+    assert outcome({"right": False, "choice": 2}, {"right": False, "choice": 2}) == "inherited"
+
+
+def test_items_carry_their_questions_once(page):
+    items = items_of(page)
     assert items["missing"] == []
     assert len(items["questions"]) == 3 * 400 + 3 + 4
     first = next(s for s in items["sets"] if s["name"] == "benchmarks/medqa")["items"][5]

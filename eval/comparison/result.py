@@ -115,6 +115,7 @@ def _described(configuration: Configuration) -> dict:
         "settings": configuration.settings,
         "seeds": configuration.seeds,
         "runs": [str(run.path) for run in configuration.runs],
+        "results": [run.digests for run in configuration.runs],
         "evaluated": all(run.evaluation is not None for run in configuration.runs),
     }
 

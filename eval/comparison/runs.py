@@ -32,12 +32,14 @@ class Run:
         record: results/run.json.
         evaluation: results/comprehensive_evaluation.json; None where it was not evaluated.
         is_complete: Whether it has COMPLETE.
+        digests: Of each result's file; None for one that is not there.
     """
 
     path: Path
     record: dict
     evaluation: dict | None
     is_complete: bool
+    digests: dict[str, str | None]
 
     @property
     def name(self) -> str:
@@ -195,7 +197,7 @@ def _add_run(
     evaluation = None
     if directory.evaluation.is_file():
         evaluation = _read(directory, EVALUATION, EVALUATION_VERSION)
-    run = Run(path, record, evaluation, directory.is_complete)
+    run = Run(path, record, evaluation, directory.is_complete, directory.digests())
     result = {"steps": run.steps, "ended_by": record.get("ended_by")}
     short = None if budget is None else shortfall(budget, result)
     if short is None:

@@ -72,10 +72,28 @@ def comparison_page(folder: Path, data: Path | None = None) -> str:
         environment=_environment(records),
         missing=content["missing"],
         notes=[
+            *_outdated(content, folder),
             *content["notes"],
             *(f"left out: {path}: {why}" for path, why in content["left_out"].items()),
         ],
     )
+
+
+def _outdated(content: dict, folder: Path) -> list[str]:
+    """Runs whose results are other ones by now: the items below are theirs, the numbers are not."""
+    changed = [
+        path
+        for configuration in content["configurations"]
+        for path, digests in zip(
+            configuration["runs"], configuration.get("results", []), strict=False
+        )
+        if (run := find_run(path, folder)) is not None and RunDirectory(run).digests() != digests
+    ]
+    if not changed:
+        return []
+    return [
+        f"trained or evaluated again since this comparison, which does not show it: {', '.join(changed)}; compare again"
+    ]
 
 
 def first_runs(content: dict, folder: Path) -> dict[str, Path]:

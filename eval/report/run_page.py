@@ -78,14 +78,14 @@ def _read(run: RunDirectory, name: str) -> dict | None:
 
 
 def _drawn(run: RunDirectory) -> list[str]:
-    """Pictures of the run: its own, and what its newest comparison has drawn."""
+    """Pictures of the run: its own, and what its comparison has drawn of the very results this page shows."""
     compared = run.results / "comparison.json"
     if not compared.is_file():
         return [CURVES]
-    return [
-        CURVES,
-        *read_record(compared, f"compare again: python -m eval.compare {run.path}")["pictures"],
-    ]
+    content = read_record(compared, f"compare again: python -m eval.compare {run.path}")
+    shown = [configuration.get("results") for configuration in content["configurations"]]
+    current = shown == [[run.digests()]]  # older comparisons do not say
+    return [CURVES, *(content["pictures"] if current else [])]
 
 
 def _models(record: dict | None, evaluation: dict | None) -> dict[str, str]:
