@@ -314,6 +314,7 @@ def _tested(measure: str, value: float, told_apart: bool, seeds: int) -> dict:
         "significant": told_apart,
         "told_apart": told_apart and seeds > 1,
         "seeds": [seeds, seeds],
+        "least_p": 0.0001,
         "minimum_detectable": 0.09,
     }
 

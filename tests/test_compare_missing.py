@@ -10,6 +10,7 @@ from sealed import seal
 from eval.comparison.runs import find
 from eval.comparison.tables import document
 from eval.report import write_report
+from eval.report.comparison_page import verdict
 from medistill_trl.errors import UserError
 
 
@@ -99,6 +100,13 @@ def test_with_few_prompts_the_verdict_says_that_nothing_can_be_found(tmp_path, s
     )
     assert "give a larger validation_file" in words
     assert "told apart" not in words
+    lead = verdict(content).lead
+    assert (
+        lead
+        == f"Too few items to tell anything apart; {content['ranking']['order'][0]} comes first"
+    )
+    last = content["measures"]["heldout.kl_nats"]["values"]["sft"]["value"]
+    assert f"The last, sft, has {last:.3f}; before training it was 4.000." in content["verdict"]
     assert {test["minimum_detectable"] for test in content["primary"]} == {None}
 
 

@@ -13,9 +13,9 @@ ALPHA = 1 - LEVEL
 def sentences(content: dict) -> list[str]:
     """A paragraph, as its sentences."""
     found = [_best(content)]
-    few = _too_few(content)
+    few = too_few(content)
     found += [few] if few else [_told_apart(content), _against_baseline(content)]
-    found += [_benchmarks(content), _cost(content), *_caveats(content)]
+    found += [_range(content), _benchmarks(content), _cost(content), *_caveats(content)]
     return [sentence for sentence in found if sentence]
 
 
@@ -91,7 +91,24 @@ def _best(content: dict) -> str:
     )
 
 
-def _too_few(content: dict) -> str:
+def _range(content: dict) -> str:
+    """How far the configurations lie apart, and what training did to all of them."""
+    measure, order = _quality(content), content["ranking"]["order"]
+    parts = []
+    if len(order) > 1:
+        last = number(measure["values"][order[-1]]["value"], measure["share"])
+        parts.append(f"the last, {order[-1]}, has {last}")
+    name = content["quality"].removeprefix("heldout.")
+    before = {
+        curve[name][0] for own in content["curves"].values() for curve in own if name in curve
+    }
+    if len(before) == 1:  # all started from one student
+        parts.append(f"before training it was {number(before.pop(), measure['share'])}")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def too_few(content: dict) -> str:
     """Where no difference from the baseline could have passed its test, however large."""
     tested = [test for test in content["primary"] if test["least_p"] is not None]
     if not tested or len(tested) * min(test["least_p"] for test in tested) < ALPHA:
@@ -186,7 +203,11 @@ def _cost(content: dict) -> str:
         ratio = costs[best]["total_seconds"] / costs[base]["total_seconds"]
         times = "as long as" if 0.95 < ratio < 1.05 else f"{ratio:.1f} times as long as"
         shown = f" {best} took {times} {base}."
-    return f"No other beats {listed(front)} in both this and the seconds of training and of the teacher's writing.{shown}"
+    verb = "is" if len(front) == 1 else "are"
+    return (
+        f"On the front of quality against seconds (training and the teacher's writing), by their means, {verb} "
+        f"{listed(front)}.{shown}"
+    )
 
 
 def _caveats(content: dict) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eval.comparison.curves import heldout_curve
 from eval.plots.style import EDGE, Look, as_percent, grid, handle, looks, save, tidy
@@ -63,6 +64,7 @@ def training_curves(run: RunDirectory) -> Path:
     )
     right.legend(frameon=False)
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     figure.suptitle(run.path.name)
     return save(figure, run.results / "training_curves.png")
@@ -85,6 +87,7 @@ def compared_curves(content: dict) -> Figure | None:
             _curve(axes, [curve for curve in own if key in curve], key, known[name])
         axes.set_title(PANELS[key], fontsize=10)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, None)
         if key == "top1":
             as_percent(axes.yaxis)

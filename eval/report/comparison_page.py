@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from eval.comparison.verdict import single_students
+from eval.comparison.verdict import single_students, too_few
 from eval.report.items import browser
 from eval.report.names import COSTS, FAMILIES
 from eval.report.page import as_data, as_json, render
@@ -123,6 +123,12 @@ def verdict(content: dict) -> Verdict:
     best = [pair for pair in content["ranking"]["pairs"] if pair["configuration"] == order[0]]
     if len(order) < FEWEST_RANKED:
         return Verdict(f"{order[0]} by itself", "unclear", content["verdict"])
+    if too_few(content):
+        return Verdict(
+            f"Too few items to tell anything apart; {order[0]} comes first",
+            "unclear",
+            content["verdict"],
+        )
     single = single_students(content)
     lead = f"{order[0]} comes first{' of these single students' if single else ''}"
     alike = [pair["minus"] for pair in best if not pair["significant"]]
