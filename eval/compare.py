@@ -68,7 +68,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow_partial",
         action="store_true",
-        help="Compare what is there of unfinished runs and studies.",
+        help="Compare what is there of unfinished runs and studies, and where some seeds of a configuration lack a "
+        "measure take those that have it.",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -86,7 +87,7 @@ def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     from eval.plots import draw
 
     found = find(request.paths, request.allow_partial)
-    content = build(found, request.baseline, request.quality, request.x)
+    content = build(found, request.baseline, request.quality, request.x, request.allow_partial)
     out = request.out or default_out(request.paths)
     content["pictures"] = [path.name for path in draw(content, out)]
     write_record(out / RESULT, content, finite=True)

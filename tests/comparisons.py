@@ -20,4 +20,5 @@ def refused(capsys, *arguments) -> str:
 
 
 def content_of(*paths, allow_partial=False, resamples=499, **settings) -> dict:
-    return build(find(paths, allow_partial), resamples=resamples, **settings)
+    found = find(paths, allow_partial)
+    return build(found, allow_partial=allow_partial, resamples=resamples, **settings)

@@ -12,6 +12,7 @@ from eval.comparison.tables import document
 from eval.report import write_report
 from eval.report.comparison_page import verdict
 from medistill_trl.errors import UserError
+from medistill_trl.run_directory import RunDirectory
 
 
 def test_runs_without_an_evaluation_compare_by_the_held_out_check(tmp_path, capsys):
@@ -60,6 +61,52 @@ def test_the_held_out_check_is_compared_prompt_by_prompt_where_its_records_are(t
 def test_the_teacher_is_of_the_first_run_that_was_evaluated(tmp_path):
     runs = [write_run(tmp_path / m, m, evaluated=m != "sft") for m in ("sft", "ppo", "spin")]
     assert content_of(*runs)["measures"]["benchmarks.medqa.accuracy"]["teacher"]["n"] == 40
+
+
+def test_the_seeds_that_have_a_measure_are_taken_where_that_is_asked_for(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{method}-{seed}", method, seed, evaluated=(method, seed) != ("sft", 3))
+        for method in ("sft", "ppo")
+        for seed in (1, 2, 3)
+    ]  # fmt: skip
+    whole = content_of(*runs)
+    assert set(whole["measures"][KL]["values"]) == {"ppo"}
+    assert "benchmarks" not in whole["differences"]
+    (note,) = [note for note in whole["notes"] if "seed 3 was not measured in" in note]
+    assert note.startswith("sft: ")
+    assert "--allow_partial takes its other seeds" in note
+    content = content_of(*runs, allow_partial=True)
+    values = content["measures"][KL]["values"]
+    assert (values["sft"]["seeds"], values["sft"]["without_seeds"]) == (2, [3])
+    assert values["sft"]["by_seed"] == whole_of(runs[:2])
+    assert (values["ppo"]["seeds"], "without_seeds" in values["ppo"]) == (3, False)
+    assert {tuple(test["seeds"]) for test in content["differences"]["benchmarks"]} == {(3, 2)}
+    assert any(
+        "seed 3 was not measured in" in note and "taken" in note for note in content["notes"]
+    )
+    # What every run has is still what the ranking is by, unless something else is asked for.
+    assert content["quality"] == "heldout.kl_nats"
+    assert content_of(*runs, allow_partial=True, quality="kl")["quality"] == KL
+    assert compare(*runs, "--allow_partial", "--out", tmp_path / "out") == 0
+    assert " without seed 3 |" in (tmp_path / "out/comparison.md").read_text()
+    assert "without seed 3<" in (tmp_path / "out/report.html").read_text()
+
+
+def whole_of(runs):
+    return content_of(*runs)["measures"][KL]["values"]["sft"]["by_seed"]
+
+
+def test_a_comparison_says_when_its_runs_have_changed_since(tmp_path):
+    runs, out = [write_run(tmp_path / m, m) for m in ("sft", "ppo")], tmp_path / "out"
+    assert compare(*runs, "--out", out) == 0
+    assert "again since this comparison" not in (out / "report.html").read_text()
+    content = json.loads((out / "comparison.json").read_text())
+    assert [c["results"] for c in content["configurations"]] == [
+        [RunDirectory(run).digests()] for run in runs
+    ]
+    edit(runs[1], "run.json", seconds=3.0)
+    page = write_report(out).read_text()
+    assert f"again since this comparison, which does not show it: {runs[1]}; compare" in page
 
 
 def test_what_is_missing_of_many_runs_is_folded(tmp_path, capsys):
@@ -206,16 +253,6 @@ def test_a_run_that_is_complete_counts_whatever_the_study_last_knew(study, capsy
     assert f"the study has it as {state}" in refused(capsys, folder)
 
 
-def test_a_study_with_a_failed_run(study, capsys):
-    folder, record = study
-    record["runs"][0] |= {"state": "failed", "problem": "exit status 1"}
-    write_json(folder / "study.json", record)
-    assert "exit status 1" in refused(capsys, folder)
-    content = content_of(folder, allow_partial=True)
-    assert [c["seeds"] for c in content["configurations"]] == [[2], [1, 2]]
-    assert "the configurations have different numbers of seeds" in content["notes"]
-    assert list(content["left_out"].values()) == ["exit status 1"]
-    assert "exit status 1" in document(content)
 @pytest.mark.parametrize(
     ("budget", "ended_by", "why"),
     [
@@ -240,3 +277,13 @@ def test_a_run_of_a_scheduler_is_held_to_the_budget_too(study, capsys, budget, e
     assert why in found.left_out[str(folder / name)]
 
 
+def test_a_study_with_a_failed_run(study, capsys):
+    folder, record = study
+    record["runs"][0] |= {"state": "failed", "problem": "exit status 1"}
+    write_json(folder / "study.json", record)
+    assert "exit status 1" in refused(capsys, folder)
+    content = content_of(folder, allow_partial=True)
+    assert [c["seeds"] for c in content["configurations"]] == [[2], [1, 2]]
+    assert "the configurations have different numbers of seeds" in content["notes"]
+    assert list(content["left_out"].values()) == ["exit status 1"]
+    assert "exit status 1" in document(content)

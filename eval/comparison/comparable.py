@@ -1,13 +1,14 @@
 """Refuses to compare what is not comparable, naming every difference; what is only worth knowing becomes a note."""
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from eval.comparison.columns import Column
-from eval.comparison.measures import MEASURES
+from eval.comparison.measures import FAMILIES, MEASURES
 from eval.comparison.runs import Configuration, Run, identity
+from eval.comparison.verdict import listed
 from eval.options import Options
 from eval.run import PARTS
 from medistill_trl.errors import UserError
@@ -194,6 +195,39 @@ def _protocol(run: Run) -> Facts:
 
 def _budget(run: Run) -> Facts:
     return {"optimizer steps": run.steps}
+
+
+def partly_measured(
+    configurations: Sequence[Configuration],
+    members: Mapping[str, Mapping[str, Sequence[Run]]],
+    taken: bool,
+) -> list[str]:
+    """Families of measures that some seeds of a configuration lack, and what became of the others.
+
+    Args:
+        members: Measure → configuration → the runs that have it.
+        taken: Whether these stand for the configuration.
+    """
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for configuration in configurations:
+        for key, of_all in members.items():
+            own = of_all.get(configuration.name, configuration.runs)
+            lacking = {run.seed for run in configuration.runs if run not in own}
+            if lacking:
+                family = FAMILIES[MEASURES[key].family]
+                seeds.setdefault((configuration.name, family), set()).update(lacking)
+    families: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (name, family), lacking in seeds.items():
+        families.setdefault((name, tuple(sorted(lacking))), []).append(family)
+    rest = (
+        "its other seeds are taken, as asked"
+        if taken
+        else "so it is left out there; --allow_partial takes its other seeds"
+    )
+    return [
+        f"{name}: seed {', '.join(map(str, lacking))} was not measured in {listed(found)}: {rest}"
+        for (name, lacking), found in families.items()
+    ]
 
 
 # --- what is missing

@@ -20,61 +20,76 @@ QUALITIES = (
 )
 ALPHA = 1 - LEVEL
 
+Having = dict[str, dict[str, tuple[Run, ...]]]  # measure → configuration → runs that have it
 Samples = dict[str, dict[str, Sample]]  # measure → configuration → sample
 
 
-def samples(
-    configurations: Sequence[Configuration], columns: Mapping[str, dict[str, Column]]
-) -> Samples:
-    """Every measure that all runs of a configuration have.
+def having(
+    configurations: Sequence[Configuration],
+    columns: Mapping[str, dict[str, Column]],
+    partial: bool = False,
+) -> Having:
+    """Which runs stand for a configuration in each measure: all of them, or none.
 
     Args:
         columns: Of each run, by its path.
+        partial: Take those that have the measure, where some lack it.
     """
-    found: Samples = {}
-    for key, measure in MEASURES.items():
-        having = {
-            configuration.name: [columns[str(run.path)][key] for run in configuration.runs]
-            for configuration in configurations
-            if all(key in columns[str(run.path)] for run in configuration.runs)
-        }
-        if having:
-            found[key] = _aligned(having, measure)
+    found: Having = {}
+    for key in MEASURES:
+        for configuration in configurations:
+            own = tuple(run for run in configuration.runs if key in columns[str(run.path)])
+            if own == configuration.runs or (own and partial):
+                found.setdefault(key, {})[configuration.name] = own
+    return found
+
+
+def samples(members: Having, columns: Mapping[str, dict[str, Column]]) -> Samples:
+    """Every measure of every configuration that has it."""
+    found = {
+        key: _aligned(
+            {name: [columns[str(run.path)][key] for run in own] for name, own in of_all.items()},
+            MEASURES[key],
+        )
+        for key, of_all in members.items()
+    }
     return {key: of_all for key, of_all in found.items() if of_all}
 
 
-def _aligned(having: dict[str, list[Column]], measure: Measure) -> dict[str, Sample]:
+def _aligned(of_all: dict[str, list[Column]], measure: Measure) -> dict[str, Sample]:
     """The measure over the same items for all; empty if they share none."""
-    every = [column for own in having.values() for column in own]
+    every = [column for own in of_all.values() for column in own]
     kind = every[0].kind
     if any(column.kind == "whole" for column in every):  # some run kept no items
         kind = "whole"
         return {
             name: Sample(np.array([[column.value] for column in own]), kind)
-            for name, own in having.items()
+            for name, own in of_all.items()
         }
     items = every[0].items
     if measure.common:
         shared = set.intersection(*(set(column.items) for column in every))
         items = tuple(item for item in items if item in shared)
-        having = {name: [column.of(items) for column in own] for name, own in having.items()}
+        of_all = {name: [column.of(items) for column in own] for name, own in of_all.items()}
     if not items:
         return {}
-    if any(column.kind != kind for own in having.values() for column in own):
+    if any(column.kind != kind for own in of_all.values() for column in own):
         kind = "number"
     return {
         name: Sample(np.stack([column.values for column in own]), kind)
-        for name, own in having.items()
+        for name, own in of_all.items()
     }
 
 
 # --- estimates
 
 
-def estimates(found: Samples, configurations: Sequence[Configuration]) -> dict[str, dict]:
+def estimates(
+    found: Samples, members: Having, configurations: Sequence[Configuration]
+) -> dict[str, dict]:
     """Measure → `label`, `family`, `better`, `share`, the `teacher`'s own, and `values` by configuration."""
-    runs = {configuration.name: configuration.runs for configuration in configurations}
-    every = [run for own in runs.values() for run in own]
+    all_runs = {configuration.name: configuration.runs for configuration in configurations}
+    every = [run for own in all_runs.values() for run in own]
     content = {}
     for key, of_all in found.items():
         measure = MEASURES[key]
@@ -85,7 +100,9 @@ def estimates(found: Samples, configurations: Sequence[Configuration]) -> dict[s
             "share": measure.share,
             "teacher": _first(reported(run, teacher_path(measure)) for run in every),
             "values": {
-                name: _estimate(sample, runs[name], measure) for name, sample in of_all.items()
+                name: _estimate(sample, members[key][name], measure)
+                | _without(all_runs[name], members[key][name])
+                for name, sample in of_all.items()
             },
         }
     return content
@@ -94,6 +111,12 @@ def estimates(found: Samples, configurations: Sequence[Configuration]) -> dict[s
 def _first(found: Iterable[dict | None]) -> dict | None:
     """What the first run has that has it: the evaluations of all are of one teacher."""
     return next((estimate for estimate in found if estimate is not None), None)
+
+
+def _without(runs: Sequence[Run], having: Sequence[Run]) -> dict:
+    """The seeds that lack the measure, where there are any."""
+    lacking = [run.seed for run in runs if run not in having]
+    return {"without_seeds": lacking} if lacking else {}
 
 
 def _estimate(sample: Sample, runs: Sequence[Run], measure: Measure) -> dict:

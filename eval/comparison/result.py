@@ -8,11 +8,13 @@ from eval.comparison.columns import columns
 from eval.comparison.curves import HELDOUT, heldout_curve
 from eval.comparison.differences import (
     QUALITIES,
+    Having,
     Samples,
     adjusted,
     against_baseline,
     compare,
     estimates,
+    having,
     ranking,
     samples,
 )
@@ -31,6 +33,7 @@ def build(
     baseline: str | None = None,
     quality: str | None = None,
     x: str | None = None,
+    allow_partial: bool = False,
     resamples: int = RESAMPLES,
 ) -> dict:
     """Compare; docs/comparison.md has the keys.
@@ -39,6 +42,7 @@ def build(
         baseline: A configuration, a method or a run; the SFT one, else the first.
         quality: What the ranking is by, a measure's key.
         x: The recipe key of the ablation plot; the one that varies.
+        allow_partial: Where some seeds of a configuration lack a measure, take those that have it.
 
     Raises:
         UserError: the runs are not comparable, or a name is unknown.
@@ -47,9 +51,10 @@ def build(
     comparable.check(found.runs)
     own = {str(run.path): columns(run) for run in found.runs}
     comparable.check_items([(run, own[str(run.path)]) for run in found.runs])
-    measured = samples(configurations, own)
+    members = having(configurations, own, allow_partial)
+    measured = samples(members, own)
     base = choose_baseline(configurations, baseline).name
-    chosen = choose_quality(measured, configurations, quality)
+    chosen = choose_quality(measured, members, configurations, quality)
     others = [c.name for c in configurations if c.name != base]
     primary = [(chosen, name, base) for name in others]
     spent = cost.costs(configurations)
@@ -62,8 +67,14 @@ def build(
         "quality": chosen,
         "left_out": found.left_out,
         "missing": comparable.missing(found.runs),
-        "notes": comparable.notes(configurations) + cost.note(configurations),
-        "measures": estimates(measured, configurations),
+        "notes": [
+            *comparable.notes(configurations),
+            *comparable.partly_measured(
+                configurations, having(configurations, own, partial=True), allow_partial
+            ),
+            *cost.note(configurations),
+        ],
+        "measures": estimates(measured, members, configurations),
         "floors": _floors(configurations),
         "primary": adjusted(compare(measured, primary, resamples)),
         "differences": against_baseline(measured, base, resamples),
@@ -93,12 +104,13 @@ def choose_baseline(configurations: Sequence[Configuration], asked: str | None) 
 
 
 def choose_quality(
-    measured: Samples, configurations: Sequence[Configuration], asked: str | None
+    measured: Samples, members: Having, configurations: Sequence[Configuration], asked: str | None
 ) -> str:
-    """A measure that every configuration has."""
+    """A measure that every configuration has; if nothing is asked for, one that every run has."""
     everywhere = [key for key, of_all in measured.items() if len(of_all) == len(configurations)]
     if asked is None:
-        return next(key for key in QUALITIES if key in everywhere)
+        whole = {configuration.name: configuration.runs for configuration in configurations}
+        return next(key for key in QUALITIES if key in everywhere and members[key] == whole)
     key = SHORT.get(asked, asked)
     if key in everywhere:
         return key

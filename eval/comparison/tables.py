@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from eval.comparison.cost import NAMES
 from eval.comparison.measures import FAMILIES
 from eval.comparison.paired import NO_ITEMS
-from eval.comparison.verdict import interval, number, p_value, signed
+from eval.comparison.verdict import interval, listed, number, p_value, signed
 
 SHOWN = 3  # of what is missing
 WHOLE_STUDY = (
@@ -101,8 +101,9 @@ def _value(value: dict, share: bool) -> str:
     if "sd_over_seeds" in value:
         sd = value["sd_over_seeds"]
         spread = f" ± {100 * sd:.1f}" if share else f" ± {sd:.3f}"
+    without = f" without seed {listed(value['without_seeds'])}" if "without_seeds" in value else ""
     shown = f"{number(value['value'], share)}{spread}"
-    return f"{shown} {interval(value['interval_95'], share)}".strip()
+    return f"{shown} {interval(value['interval_95'], share)}".strip() + without
 
 
 def _difference(test: dict, share: bool) -> list[str]:

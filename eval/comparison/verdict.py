@@ -51,8 +51,9 @@ def p_value(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[object]) -> str:
     """Names in a row; only the first of many."""
+    names = [str(name) for name in names]
     if len(names) > SHOWN + 1:
         return f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} others"
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

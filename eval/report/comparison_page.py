@@ -150,11 +150,13 @@ def _form(measure: Mapping, signed: bool = False) -> Form:
 def _value(measure: Mapping, estimate: dict | None) -> Cell:
     """A value with its interval, and what seeds do to it."""
     cell = estimated(estimate, _form(measure))
-    spread = (estimate or {}).get("sd_over_seeds")
-    if spread is None:
-        return cell
-    detail = f"{cell.detail} ±\u00a0{_form(measure).bare(spread)}\u00a0over\u00a0{estimate['seeds']}\u00a0seeds".strip()
-    return Cell(cell.text, cell.sort, detail)
+    known, details = estimate or {}, [cell.detail]
+    if "sd_over_seeds" in known:
+        spread = _form(measure).bare(known["sd_over_seeds"])
+        details.append(f"±\u00a0{spread}\u00a0over\u00a0{known['seeds']}\u00a0seeds")
+    if "without_seeds" in known:
+        details.append(f"without seed {listed(map(str, known['without_seeds']))}")
+    return Cell(cell.text, cell.sort, " ".join(filter(None, details)))
 
 
 def _name(content: dict, name: str) -> Cell:
