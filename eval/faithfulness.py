@@ -49,10 +49,12 @@ NO_VERIFIER = (
 
 
 def check(pair: Pair, data: Path, options: Options) -> None:
-    """Raises UserError for what would stop `evaluate`: a row without its columns, no such verifier."""
+    """Raises UserError for what would stop `evaluate`: a row without its columns, a verifier that cannot judge."""
     read_rows(data / FILES[0], options.limit, COLUMNS)
     check_room(pair.subjects, options.answer_tokens, "answer_tokens")
-    _verifier(options)
+    verifier = _verifier(options)
+    if verifier is not None:
+        verifier.check()
 
 
 def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
@@ -61,7 +63,7 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     return measure(pair, rows, _verifier(options), options, store)
 
 
-def _verifier(options: Options) -> Verifier | None:
+def _verifier(options: Options) -> CrossEncoderVerifier | None:
     """Found and its labels read; its weights are loaded when it judges."""
     if options.verifier is None:
         return None

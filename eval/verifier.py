@@ -6,6 +6,7 @@ Models of the field differ in the order of their labels, so labels are found by 
 A model without entailment or contradiction among its labels is refused.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from medistill_trl.errors import UserError
 from medistill_trl.model_checks import reading
 from medistill_trl.model_source import WEIGHTS_ADVICE, ModelSource, resolve
 
+TRIAL = "The knee is swollen."
 WANTED = ("entailment", "contradiction")
 ADVICE = (
     "name one trained on natural language inference in three classes, such as "
@@ -82,6 +84,19 @@ class CrossEncoderVerifier:
                 device=str(PartialState().device),
                 model_kwargs={"use_safetensors": True},  # a pickle may run code when it is opened
             ).float()
+
+    def check(self) -> None:
+        """Load the weights, judge once and let go of them: a broken verifier is found before anything long begins.
+
+        Raises:
+            UserError: its weights cannot be read, or give NaN or infinity.
+        """
+        (verdict,) = self.judge([(TRIAL, TRIAL)])
+        del self._model
+        if not math.isfinite(verdict.entailment + verdict.contradiction):
+            raise UserError(
+                f"--verifier {self.source}: gives NaN or infinity for a sentence; its files are damaged; {WEIGHTS_ADVICE}"
+            )
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order; float32."""

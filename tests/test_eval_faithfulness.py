@@ -1,16 +1,18 @@
 """FidelityBench-Med: crafted answers get the bins they should, by a real cross-encoder."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from rule_verifier import HIP, KNEE, Rules
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from tiny_verifier import FINDINGS, JOINTS, LABELS, statement, train
 
 from eval.answers import STORE
-from eval.faithfulness import NO_VERIFIER, ask, fitted_prompts, measure
+from eval.faithfulness import NO_VERIFIER, ask, check, fitted_prompts, measure
 from eval.item_store import ItemStore
 from eval.options import ModelOptions, Options
 from eval.run import main
@@ -283,6 +285,31 @@ def test_real_answers_do_not_depend_on_the_batch_size(pair, tmp_path):
     alone, together = found(1), found(8)
     assert alone == together
     assert any(item["answer"].strip() for item in alone["items"])
+
+
+def cut_off(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-4000])
+
+
+def with_nan(weights: Path) -> None:
+    tensors = load_file(weights)
+    tensors["classifier.bias"].fill_(float("nan"))
+    save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(cut_off, "weights cannot be loaded"), (with_nan, "gives NaN or infinity")]
+)
+def test_a_broken_verifier_is_found_before_anything_is_measured(
+    pair, verifier_folder, sample_build, tmp_path, damage, said
+):
+    folder, options = tmp_path / "nli", replace(OPTIONS, limit=1, verifier=str(tmp_path / "nli"))
+    shutil.copytree(verifier_folder, folder)
+    check(pair, sample_build[0], options)
+    damage(folder / "model.safetensors")
+    with pytest.raises(UserError, match=said) as caught:
+        check(pair, sample_build[0], options)
+    assert str(folder) in str(caught.value)
 
 
 def test_the_command(teacher_folder, verifier_folder, sample_build, tmp_path):

@@ -99,7 +99,7 @@ def test_the_plan_and_the_study_at_work_expect_the_same(tmp_path):
     ]
     memory = {run.name: {"peak_gb": 1.0} for run in runs.values()}
     plan = tables.plan(study, [cot, again], memory, known, 1)
-    assert "to do: 1 runs, 1 at a time: about 2 min (70 s of training, 0 s of the teacher's" in plan
+    assert "to do: 1 runs, 1 at a time: about 2 min (70 s of training, 37 s of loading" in plan
     # In another folder the completions are still to be drawn.
     content = STUDY | {"name": "t"}
     later, elsewhere = expanded(tmp_path, content)

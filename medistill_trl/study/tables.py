@@ -69,17 +69,16 @@ def plan(
 
 
 def _parts(expected: Sequence[timing.Expected]) -> str:
-    """What the time goes into; nothing where none of it is known."""
+    """What the time goes into, as far as it is known."""
     names = {
         "training": "training",
         "drawing": "the teacher's completions, each drawn once",
         "around": "loading, checks and evaluation",
     }
-    parts = []
-    for part, name in names.items():
-        known = [seconds for run in expected if (seconds := asdict(run)[part]) is not None]
-        if known:
-            parts.append(f"{timing.duration(sum(known))} of {name}")
+    seconds = {
+        name: sum(asdict(run)[part] or 0.0 for run in expected) for part, name in names.items()
+    }
+    parts = [f"{timing.duration(total)} of {name}" for name, total in seconds.items() if total]
     return f" ({', '.join(parts)})" if parts else ""
 
 
