@@ -362,11 +362,13 @@ def test_records_end_where_lines_end_not_where_texts_do(tmp_path):
 # --- recipe, numbers -------------------------------------------------------------------------------
 
 
-def test_the_recipe_is_compared_with_the_shipped_one(folder, page):
+def test_the_recipe_is_compared_with_the_shipped_one(folder, page, monkeypatch, tmp_path):
     recipe = json.loads((folder / "results/run.json").read_text())["recipe"]
     rows = [[cell.text for cell in row] for row in differences(recipe).rows]
     assert rows == [["lora_r", "16", "8"]]
     assert "lora_r: 8" in page
+    monkeypatch.chdir(tmp_path)  # from wherever the page is written
+    assert len(differences(recipe).rows) == 1
     assert differences({**recipe, "method": "eleventh"}) is None
     added = differences({**recipe, "lora_r": 16, "weight_decay": 0.1}).rows
     assert [[cell.text for cell in row] for row in added] == [["weight_decay", "not set", "0.1"]]

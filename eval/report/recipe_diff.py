@@ -1,5 +1,6 @@
 """What sets recipes apart: a run's from the one its method is shipped with, and those of several runs."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def differences(used: dict) -> Table | None:
     path = SHIPPED / f"{used['method']}.yaml"
     if not path.is_file():
         return None
-    shipped = recipe.load([str(path)]).resolved()
+    with contextlib.chdir(SHIPPED.parent):  # where its data files are found
+        shipped = recipe.load([str(path)]).resolved()
     rows = [
         [words(key), _shown(shipped, key), _shown(used, key)]
         for key in sorted({*shipped, *used} - NAMES)
