@@ -109,6 +109,17 @@ def test_a_comparison_says_when_its_runs_have_changed_since(tmp_path):
     assert f"again since this comparison, which does not show it: {runs[1]}; compare" in page
 
 
+@pytest.mark.parametrize(("fallback", "noted"), [(61, True), (3, False)])
+def test_a_run_that_hardly_had_rationales_is_no_test_of_them(tmp_path, fallback, noted):
+    runs = [write_run(tmp_path / m, m, evaluated=False) for m in ("sft", "cot")]
+    prompts = {"total": 64, "with_rationale": 64 - fallback, "fallback": fallback, "dropped": 0}
+    write_json(runs[1] / "results/rationales_summary.json", {"prompts": prompts})
+    notes = [note for note in content_of(*runs)["notes"] if note.startswith("cot: ")]
+    assert notes == noted * [
+        "cot: 61 of 64 prompts had no rationale that was kept, and were trained on with the teacher's plain completion"
+    ]
+
+
 def test_what_is_missing_of_many_runs_is_folded(tmp_path, capsys):
     runs = [write_run(tmp_path / str(seed), seed=seed, evaluated=False) for seed in range(6)]
     assert compare(*runs, "--out", tmp_path / "out") == 0

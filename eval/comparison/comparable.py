@@ -167,12 +167,25 @@ def notes(configurations: Sequence[Configuration]) -> list[str]:
         ("unequal budgets", _budget, runs),
     ):
         found += [f"{what}: {line}" for line in _differences(members, facts_of)]
+    found += [note for configuration in configurations for note in _fallbacks(configuration)]
     if any(not run.is_complete for run in runs):
         names = ", ".join(str(run.path) for run in runs if not run.is_complete)
         found.append(f"not finished, compared on request: {names}")
     if len({len(configuration.runs) for configuration in configurations}) > 1:
         found.append("the configurations have different numbers of seeds")
     return found
+
+
+def _fallbacks(configuration: Configuration) -> list[str]:
+    """Where most prompts had no rationale worth keeping, and were trained on as without any."""
+    counts = [run.rationales["prompts"] for run in configuration.runs if run.rationales]
+    most = max(counts, key=lambda count: count["fallback"], default={"fallback": 0, "total": 0})
+    if 2 * most["fallback"] <= most["total"]:
+        return []
+    return [
+        f"{configuration.name}: {most['fallback']} of {most['total']} prompts had no rationale that was kept, and were "
+        "trained on with the teacher's plain completion"
+    ]
 
 
 def _environment(content: dict) -> Facts:

@@ -17,6 +17,7 @@ from medistill_trl.study.progress import shortfall
 from medistill_trl.study.record import STUDY
 
 RECORD_VERSION = 1
+RATIONALES = "rationales_summary.json"  # in results/
 # Keys of a recipe that say where things are kept.
 WHERE = ("output_dir", "run_name", "completion_store")
 SHOWN_SETTINGS = 3  # in a configuration's name
@@ -63,6 +64,14 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps taken."""
         return max((entry["step"] for entry in self.record["log_history"]), default=0)
+
+    @property
+    def rationales(self) -> dict | None:
+        """What became of the rationales; None of a run that drew none."""
+        directory = RunDirectory(self.path)
+        if not (directory.results / RATIONALES).is_file():
+            return None
+        return directory.read_result(RATIONALES)
 
     def has_items(self, part: str) -> bool:
         return RunDirectory(self.path).items(part).is_file()
