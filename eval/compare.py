@@ -13,6 +13,7 @@ from pathlib import Path
 from eval.comparison import tables
 from eval.comparison.result import build
 from eval.comparison.runs import STUDY, find
+from eval.comparison.verdict import left_out
 from eval.report import write_report
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
@@ -127,8 +128,8 @@ def main(arguments: list[str]) -> int:
         print(f"\n{tables.WHOLE_STUDY}")
     for note in content["notes"]:
         print(f"\nnote: {note}")
-    for path, why in content["left_out"].items():
-        print(f"\nleft out: {path}: {why}")
+    for line in left_out(content):
+        print(f"\n{line}")
     print(f"\nfinished: {report.parent / PAGE}\nreport:   {report}")
     return 0
 

@@ -9,6 +9,7 @@ from sealed import seal
 
 from eval.comparison.runs import find
 from eval.comparison.tables import document
+from eval.comparison.verdict import left_out
 from eval.report import write_report
 from eval.report.comparison_page import verdict
 from medistill_trl.errors import UserError
@@ -117,6 +118,16 @@ def test_a_run_that_hardly_had_rationales_is_no_test_of_them(tmp_path, fallback,
     notes = [note for note in content_of(*runs)["notes"] if note.startswith("cot: ")]
     assert notes == noted * [
         "cot: 61 of 64 prompts had no rationale that was kept, and were trained on with the teacher's plain completion"
+    ]
+
+
+def test_runs_that_are_left_out_for_one_reason_share_a_line():
+    reasons = {f"s/r{n}": "the study has it as waiting" for n in range(7)} | {
+        "s/x": "exit status 1"
+    }
+    assert left_out({"left_out": reasons}) == [
+        "left out: s/r0, s/r1, s/r2, s/r3 and 3 others: the study has it as waiting",
+        "left out: s/x: exit status 1",
     ]
 
 

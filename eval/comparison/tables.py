@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from eval.comparison.cost import NAMES
 from eval.comparison.measures import FAMILIES
 from eval.comparison.paired import NO_ITEMS
-from eval.comparison.verdict import interval, listed, number, p_value, signed
+from eval.comparison.verdict import interval, left_out, listed, number, p_value, signed
 
 SHOWN = 3  # of what is missing
 WHOLE_STUDY = (
@@ -215,5 +215,5 @@ def _missing(content: dict) -> list[str]:
 
 def _notes(content: dict) -> list[str]:
     lines = [f"- {note}" for note in content["notes"]]
-    lines += [f"- left out: `{path}`: {why}" for path, why in content["left_out"].items()]
+    lines += [f"- {line}" for line in left_out(content)]
     return ["## To be kept in mind\n\n" + "\n".join(lines)] if lines else []

@@ -63,6 +63,14 @@ def seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
+def left_out(content: dict) -> list[str]:
+    """Runs that are not compared, a line for each reason."""
+    paths: dict[str, list[str]] = {}
+    for path, why in content["left_out"].items():
+        paths.setdefault(why, []).append(path)
+    return [f"left out: {listed(own)}: {why}" for why, own in paths.items()]
+
+
 # --- sentences
 
 

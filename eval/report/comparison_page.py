@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from eval.comparison.verdict import single_students, too_few
+from eval.comparison.verdict import left_out, single_students, too_few
 from eval.report.items import browser
 from eval.report.names import COSTS, FAMILIES
 from eval.report.page import as_data, as_json, render
@@ -74,7 +74,7 @@ def comparison_page(folder: Path, data: Path | None = None) -> str:
         notes=[
             *_outdated(content, folder),
             *content["notes"],
-            *(f"left out: {path}: {why}" for path, why in content["left_out"].items()),
+            *left_out(content),
         ],
     )
 
