@@ -138,6 +138,14 @@ class TeacherArguments:
             "stored and held-out 16.",
         },
     )
+    teacher_sharding: str = field(
+        default="replicated",
+        metadata={
+            "help": "replicated: every process holds the whole teacher. sharded: it is shared out, which takes ZeRO-3 "
+            "(accelerate_configs/zero3.yaml) and makes it slower.",
+            "choices": ["replicated", "sharded"],
+        },
+    )
     cross_tokenizer: str = field(
         default="auto",
         metadata={

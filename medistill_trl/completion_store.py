@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from medistill_trl import disk
 from medistill_trl.errors import UserError
 from medistill_trl.locks import try_lock
+from medistill_trl.sharding import is_shared_out
 from medistill_trl.teacher import Completion, Sampling, Teacher
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,7 @@ class CompletionStore:
         with self._whole(), self._turn(state):
             missing = self._missing(request for group in requests for request in group)
             state.wait_for_everyone()  # all have read the same store before anyone writes to it
-            share = missing[state.process_index :: state.num_processes]
-            self._fill(teacher, share, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
+            self._fill(teacher, missing, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
             state.wait_for_everyone()
             return [[self._get(request) for request in group] for group in requests]
 
@@ -170,22 +170,29 @@ class CompletionStore:
         batch_size: int,
         label: str,
     ) -> None:
-        if not missing:
+        """This process's share of the missing."""
+        state = PartialState()
+        share = missing[state.process_index :: state.num_processes]
+        batches = _batches(share, batch_size)
+        if is_shared_out(teacher.model):
+            # It must write equally often on all processes; what is drawn twice is kept once.
+            most = max(gather_object([len(batches)]))
+            batches += [missing[:1]] * (most - len(batches))
+        if not batches:
             return
-        batches = _batches(missing, batch_size)
         progress = tqdm(
-            total=len(missing),
+            total=len(share),
             desc=label,
             unit="completion",
-            disable=not PartialState().is_main_process,
+            disable=not state.is_main_process,
         )
         with progress:
             for batch in batches:
                 seed, start = int(batch[0].key[:8], 16), time.monotonic()
                 completions = teacher.complete([r.prompt for r in batch], sampling, seed)
                 # Processes draw at the same time, each its share of the missing.
-                share = (time.monotonic() - start) / len(batch) / PartialState().num_processes
-                self._put(teacher, sampling, zip(batch, completions, strict=True), share)
+                seconds = (time.monotonic() - start) / len(batch) / state.num_processes
+                self._put(teacher, sampling, zip(batch, completions, strict=True), seconds)
                 progress.update(len(batch))
 
     def _put(

@@ -61,9 +61,7 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         window, self._window = self._window, []
         losses = torch.stack([loss for _, loss in window])
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None]
-        )
+        norm = self._gradient_norm(model).to(losses.device)
         fine = torch.isfinite(losses).all() & torch.isfinite(norm)
         # Gradients are the same everywhere; losses need not be.
         if bool(self.trainer.accelerator.gather(fine[None]).all()):
@@ -79,6 +77,14 @@ class FiniteGuard(TrainerCallback):
             "check the dtypes (float16 overflows, bfloat16 does not), then --resume or start anew.",
             rows,
         )
+
+    def _gradient_norm(self, model: PreTrainedModel) -> torch.Tensor:
+        accelerator = self.trainer.accelerator
+        if accelerator.distributed_type in WHOLE_MODEL:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
+        # DeepSpeed has already taken the step, unless this is not finite.
+        return torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), math.inf))
 
     def _rows(self, number: int, batch: dict, loss: torch.Tensor) -> list[dict]:
         """Of one micro-batch, for a reader."""

@@ -139,11 +139,13 @@ class HeldoutCheck:
         was_training = student.training
         student.eval()
         state = PartialState()
-        mine = range(state.process_index, len(self.prompts), state.num_processes)
+        mine = list(range(state.process_index, len(self.prompts), state.num_processes))
+        # As many on each process: models whose weights are shared out must run equally often on all.
+        mine += [len(self.prompts) - 1] * (-len(self.prompts) // -state.num_processes - len(mine))
         with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
             found = [(index, self._compare(student, index)) for index in mine]
         student.train(was_training)
-        return [sums for _, sums in sorted(gather_object(found), key=lambda entry: entry[0])]
+        return [sums for _, sums in sorted(dict(gather_object(found)).items())]
 
     def summary(self, sums: list[Sums]) -> dict[str, float | int | str | None]:
         """What all completions together come to.

@@ -141,6 +141,8 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         s,
         training.device,
         training.trust_remote_code,
+        training.deepspeed_plugin
+        and training.deepspeed_plugin.deepspeed_config["zero_optimization"],
     )
     form = loaded.teacher_form
     teacher = Teacher(teacher_model, form.tokenizer, form, teacher_identity(loaded.teacher, t, s))

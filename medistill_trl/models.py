@@ -18,6 +18,7 @@ from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.errors import UserError
 from medistill_trl.model_checks import check_complete, check_sound, reading
 from medistill_trl.model_source import WEIGHTS_ADVICE, ModelSource
+from medistill_trl.sharding import loading_shares, share_out
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def quantization(
 def _load(
     source: ModelSource,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | None,
     quantization_config: BitsAndBytesConfig | None,
     attention: str,
     trust_remote_code: bool,
@@ -119,7 +120,7 @@ def _load(
             source.location,
             revision=source.revision,
             dtype=dtype,
-            device_map={"": device},
+            device_map=None if device is None else {"": device},
             quantization_config=quantization_config,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
@@ -137,13 +138,23 @@ def load_teacher(
     student_args: StudentArguments,
     device: torch.device,
     trust_remote_code: bool = False,
+    zero: dict | None = None,
 ) -> PreTrainedModel:
-    """The teacher: in evaluation mode, no parameter requires a gradient."""
+    """The teacher: in evaluation mode, no parameter requires a gradient.
+
+    Args:
+        zero: The run's ZeRO-3 settings; `teacher_sharding: sharded` needs them.
+    """
     dtype = getattr(torch, args.teacher_dtype)
-    config = quantization(args.teacher_load_in_4bit, args.teacher_load_in_8bit, dtype, student_args)
-    model = _load(
-        source, dtype, device, config, student_args.attn_implementation, trust_remote_code
-    )
+    attention = student_args.attn_implementation
+    if args.teacher_sharding == "sharded":
+        with loading_shares(dtype, zero):
+            model = _load(source, dtype, None, None, attention, trust_remote_code)
+        model = share_out(model.requires_grad_(False), zero)
+    else:
+        in_4bit, in_8bit = args.teacher_load_in_4bit, args.teacher_load_in_8bit
+        config = quantization(in_4bit, in_8bit, dtype, student_args)
+        model = _load(source, dtype, device, config, attention, trust_remote_code)
     check_sound(source.name, model)
     set_generation(model, tokenizer)
     return model.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
-from medistill_trl import console, launch, methods, out_of_memory, trackers
+from medistill_trl import console, engines, launch, methods, out_of_memory, trackers
 from medistill_trl.arguments import SHARED
 from medistill_trl.budget import BudgetCallback
 from medistill_trl.checkpoints import (
@@ -58,9 +58,10 @@ def run(recipe: Recipe) -> RunDirectory | None:
     method = methods.load(recipe.values["method"])
     directory = RunDirectory(recipe.output_dir)
     asked = launch.requested()
-    arguments = build_arguments(recipe, method, directory, asked.use_cpu)
+    arguments = build_arguments(recipe, method, directory, asked.use_cpu, asked.engine)
     state = PartialState()
-    launch.check_processes(asked, state.num_processes, state.distributed_type.value)
+    launch.check_processes(asked, state.num_processes, engines.in_accelerates_words(state))
+    engines.check(method, arguments, engines.engine_of(arguments, state))
     _use_all_cores(state)
     if not arguments.run.dry_run:
         directory.check(recipe)
@@ -122,7 +123,11 @@ def _check_tokenizers(method: Method, arguments: Arguments, loaded: Loaded) -> N
 
 
 def build_arguments(
-    recipe: Recipe, method: Method, directory: RunDirectory, use_cpu: bool
+    recipe: Recipe,
+    method: Method,
+    directory: RunDirectory,
+    use_cpu: bool,
+    engine: str | None = None,
 ) -> Arguments:
     """Typed objects from a checked recipe, built by TRL's parser.
 
@@ -139,8 +144,7 @@ def build_arguments(
     }
     if recipe.values["resume"]:
         values |= out_of_memory.Changes.of(directory).values
-    if use_cpu or not torch.accelerator.is_available():
-        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    values |= engines.values_without_accelerator(use_cpu, engine)
     try:
         run_, student, teacher, data, training = parser.parse_dict(values)
     except ValueError as error:
@@ -197,11 +201,15 @@ def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
         if state.global_step >= state.max_steps:  # transformers would train one step more
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
+            trainer.is_deepspeed_enabled = (
+                False  # its engine starts with training: the model is whole
+            )
             return
     with StopRequest() as request:
         trainer.add_callback(StopCallback(request))
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with engines.reading_no_code(trainer.is_deepspeed_enabled):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError as error:
             # Torch reads tensors and plain values, and runs no code.
             raise UserError(

@@ -95,6 +95,13 @@ def _model_conflicts(values: dict) -> Iterator[tuple[str, str]]:
                 f"{role}_load_in_8bit",
                 f"conflicts with {role}_load_in_4bit: a model is loaded one way; set one to false",
             )
+    if values.get("teacher_sharding") == "sharded":
+        for key in ("teacher_load_in_4bit", "teacher_load_in_8bit"):
+            if values.get(key):
+                yield (
+                    "teacher_sharding",
+                    f"sharded shares out plain weights only: set {key}: false, or teacher_sharding: replicated",
+                )
     quantised = values.get("student_load_in_4bit") or values.get("student_load_in_8bit")
     if quantised and values.get("use_lora") is False:
         yield (

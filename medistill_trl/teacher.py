@@ -25,6 +25,7 @@ from medistill_trl.losses.policy import token_log_probs
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.out_of_memory import OutOfMemoryWriting
 from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.sharding import is_shared_out
 
 if TYPE_CHECKING:  # it takes seconds to import, and an evaluation has no trainer
     from transformers import Trainer
@@ -143,6 +144,7 @@ def complete(
             use_cache=True,  # the training config switches it off
             stop_strings=form.stop_strings or None,
             tokenizer=tokenizer,
+            synced_gpus=is_shared_out(model),
             logits_processor=LogitsProcessorList([_FiniteLogits(prompts)]),
         )
     model.train(was_training)

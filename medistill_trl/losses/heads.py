@@ -18,6 +18,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from medistill_trl.sharding import whole
+
 
 def states_before_head(
     model: nn.Module, student: PreTrainedModel, inputs: dict[str, torch.Tensor]
@@ -99,7 +101,8 @@ class OutputHead(ABC):
         softcap = config.get("final_logit_softcapping")  # Gemma 2 and later
         module = model.get_output_embeddings()
         if type(module) is nn.Linear:  # quantised layers are subclasses, adapters wrap it
-            return LinearHead(module.weight, module.bias, scale=scale, softcap=softcap)
+            bias = None if module.bias is None else whole(module.bias)
+            return LinearHead(whole(module.weight), bias, scale=scale, softcap=softcap)
         return CalledHead(module, scale=scale, softcap=softcap)
 
     @torch.no_grad()

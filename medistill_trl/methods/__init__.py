@@ -51,6 +51,10 @@ class Method:
             weights are loaded, in a dry run too.
         across_tokenizers: A white-box method that can compare models of different tokenizers too, over
             spans (see `spans`).
+        engines: That it works with beside DDP; names of `engines`.
+        engine_note: Why not with the others, for the message that refuses them.
+        shards_teacher: All processes ask the teacher equally often and let it finish, so that its weights can
+            be shared out.
     """
 
     name: str
@@ -64,6 +68,9 @@ class Method:
     loss_falls: bool = True
     check: "Callable[[Arguments, Loaded], None]" = _any_pair
     across_tokenizers: bool = False
+    engines: tuple[str, ...] = ("zero2", "zero3")
+    engine_note: str = ""
+    shards_teacher: bool = False
 
 
 def load(name: str) -> Method:

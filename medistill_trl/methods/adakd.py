@@ -26,7 +26,7 @@ from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import InverseConfidence, TemperatureRule
 from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
-from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer, build_with
+from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer, build_with, check
 from medistill_trl.setting import Setting
 
 FOCUS = "token_focus.json"  # in a checkpoint
@@ -245,4 +245,6 @@ METHOD = Method(
     paper="arXiv 2510.11615",
     loss_memory=distillation_memory,
     across_tokenizers=True,
+    check=check,
+    shards_teacher=True,
 )

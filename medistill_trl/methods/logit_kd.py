@@ -18,12 +18,14 @@ from itertools import islice
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from medistill_trl.arguments import ChunkArguments, CompletionArguments
+from medistill_trl.errors import UserError
+from medistill_trl.inputs import Loaded
 from medistill_trl.losses import divergences
 from medistill_trl.losses.comparisons import Comparison, SpanComparison, TokenComparison
 from medistill_trl.losses.heads import OutputHead, states_before_head
@@ -36,7 +38,7 @@ from medistill_trl.memory_plan import distillation_memory
 from medistill_trl.methods import Method
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.prompts import IGNORED
-from medistill_trl.setting import Setting
+from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts, window_seed
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
     )
 
     def __post_init__(self):
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.remove_unused_columns = False
         super().__post_init__()
 
@@ -113,13 +116,15 @@ class LogitKDTrainer(GKDTrainer):
     _name = "Logit-KD"
 
     def __init__(self, *args, writer: PairWriter, **kwargs):
-        super().__init__(
+        # Without `GKDTrainer`'s, which would have DeepSpeed make an engine of a teacher of its own.
+        super(GKDTrainer, self).__init__(
             *args,
-            teacher_model=_no_teacher(kwargs["model"]),
             data_collator=writer.collator(),
             processing_class=writer.form.tokenizer,
             **kwargs,
         )
+        if self.args.disable_dropout:
+            disable_dropout_in_model(self.model)
         self.writer = writer
         self.teacher_model = writer.teacher.model
         self.fold = None
@@ -281,12 +286,14 @@ class LogitKDTrainer(GKDTrainer):
             )
 
 
-def _no_teacher(student: PreTrainedModel) -> nn.Module:
-    """What `GKDTrainer`'s constructor may look at in place of a teacher: it refuses vocabularies of
-    different sizes, which the loss slices to what they share."""
-    stand_in = nn.Module()
-    stand_in.config = student.config
-    return stand_in
+def check(arguments: Arguments, loaded: Loaded) -> None:
+    """Refuse what would have processes wait for each other: how many completions are the student's is chance."""
+    plugin, lmbda = arguments.training.deepspeed_plugin, arguments.training.lmbda
+    if plugin is not None and plugin.zero_stage == 3 and lmbda > 0:
+        raise UserError(
+            f"lmbda: must be 0 under ZeRO-3, where all processes have to write equally often, got {lmbda}; take "
+            "--config_file accelerate_configs/zero2.yaml, or method: on_policy"
+        )
 
 
 def build(setting: Setting) -> LogitKDTrainer:
@@ -314,4 +321,6 @@ METHOD = Method(
     paper="arXiv 1503.02531",
     loss_memory=distillation_memory,
     across_tokenizers=True,
+    check=check,
+    shards_teacher=True,
 )

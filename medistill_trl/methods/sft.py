@@ -168,4 +168,6 @@ METHOD = Method(
     teacher_access="black_box",
     build=build,
     paper="arXiv 1606.07947",
+    engines=("zero2", "zero3", "fsdp2"),
+    shards_teacher=True,
 )

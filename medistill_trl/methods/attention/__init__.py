@@ -197,5 +197,7 @@ METHOD = Method(
     paper="arXiv 2012.15828",
     loss_memory=attention_memory,
     check=check,
+    engines=("zero2",),
+    engine_note="it reads inner layers, which reentrant checkpointing under ZeRO-3 runs without a graph",
     across_tokenizers=True,
 )

@@ -150,6 +150,12 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
             f"recipe: objective {args.objective} with anchor_kl_coef {args.anchor_kl_coef} keeps its anchor as a "
             "second adapter, and use_lora is false: set use_lora: true, or take objective: best_of_n_sft"
         )
+    if args.keeps_anchor and args.deepspeed_plugin is not None:
+        raise UserError(
+            f"recipe: objective {args.objective} with anchor_kl_coef {args.anchor_kl_coef} keeps an anchor, which "
+            "DeepSpeed leaves out of its checkpoints: a resumed run would be another one. Take --config_file "
+            "accelerate_configs/multi_gpu.yaml (on the CPU cpu_ddp.yaml), or objective: best_of_n_sft"
+        )
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if (
         args.objective == "jeffreys" and 2 * rows > DRAWS_PER_STEP
@@ -170,5 +176,6 @@ METHOD = Method(
     loss_memory=anchored_policy_memory,
     loss_falls=False,
     check=check,
+    shards_teacher=True,
     learns="its own samples, by how the teacher ranks them; here the reference stands in for one",
 )

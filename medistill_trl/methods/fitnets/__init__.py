@@ -193,5 +193,7 @@ METHOD = Method(
     paper="arXiv 1412.6550",
     loss_memory=feature_memory,
     check=check,
+    engines=("zero2",),
+    engine_note="it reads inner layers, which reentrant checkpointing under ZeRO-3 runs without a graph",
     across_tokenizers=True,
 )

@@ -259,6 +259,8 @@ class FitNetsTrainer(SFTTrainer):
             self.model.add_module(MODULE, self.projections)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:  # DeepSpeed's, taken of all it trains
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(f"{MODULE}.")}
         with self._student_alone():
             super()._save(output_dir, state_dict)
 

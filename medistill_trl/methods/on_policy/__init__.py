@@ -164,5 +164,6 @@ METHOD = Method(
     loss_memory=policy_memory,
     loss_falls=False,
     check=check,
+    shards_teacher=True,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

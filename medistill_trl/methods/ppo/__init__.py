@@ -215,6 +215,8 @@ METHOD = Method(
     paper="arXiv 1707.06347",
     loss_memory=rollout_memory,
     loss_falls=False,
+    engines=("zero2",),
+    engine_note="its trainer does not set the kind of checkpointing that an adapter needs under ZeRO-3",
     check=check,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

@@ -323,6 +323,8 @@ class PPODistillTrainer(PPOTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Without the value head: what is saved loads as any model or adapter does."""
+        if state_dict is not None:  # DeepSpeed's, taken of all it trains
+            state_dict = value_head.without(state_dict)
         with value_head.detached(self._student):
             super()._save(output_dir, state_dict)
 

@@ -77,8 +77,14 @@ def detached(student: PreTrainedModel) -> Iterator[None]:
         student.add_module(NAME, head)
 
 
+def without(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A student's weights but those of its value head."""
+    return {name: weight for name, weight in state_dict.items() if not name.startswith(f"{NAME}.")}
+
+
 def save(head: ValueHead, folder: Path) -> None:
-    torch.save(head.state_dict(), folder / FILE)
+    # Copies: under DeepSpeed they are views of all that is trained, and torch would save that.
+    torch.save({name: tensor.clone() for name, tensor in head.state_dict().items()}, folder / FILE)
 
 
 def load(head: ValueHead, folder: Path) -> None:

@@ -185,4 +185,6 @@ METHOD = Method(
     paper="arXiv 2401.01335",
     loss_memory=preference_memory,
     loss_falls=False,
+    engines=(),
+    engine_note="its optimizer and its reference start afresh with each iteration, and DeepSpeed keeps both to itself",
 )
