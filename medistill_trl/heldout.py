@@ -141,7 +141,8 @@ class HeldoutCheck:
         state = PartialState()
         mine = list(range(state.process_index, len(self.prompts), state.num_processes))
         # As many on each process: models whose weights are shared out must run equally often on all.
-        mine += [len(self.prompts) - 1] * (-len(self.prompts) // -state.num_processes - len(mine))
+        most = math.ceil(len(self.prompts) / state.num_processes)
+        mine += [len(self.prompts) - 1] * (most - len(mine))
         with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
             found = [(index, self._compare(student, index)) for index in mine]
         student.train(was_training)
