@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers.integrations import unset_hf_deepspeed_config
 
 from medistill_trl.errors import UserError
 
@@ -115,8 +114,6 @@ def check(method: "Method", arguments: "Arguments", engine: str) -> None:
             "warning: FSDP2 has never been run with this suite, for want of GPUs; compare the first losses with those of "
             "multi_gpu.yaml"
         )
-    # from_pretrained would share out whatever it loads, and refuse to choose the device.
-    unset_hf_deepspeed_config()
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainerState
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
@@ -62,6 +63,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
     state = PartialState()
     launch.check_processes(asked, state.num_processes, engines.in_accelerates_words(state))
     engines.check(method, arguments, engines.engine_of(arguments, state))
+    unset_hf_deepspeed_config()  # or every from_pretrained would share out what it loads
     _use_all_cores(state)
     if not arguments.run.dry_run:
         directory.check(recipe)

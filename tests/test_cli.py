@@ -158,7 +158,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_launched():
 def test_an_unknown_config_is_refused_with_those_there_are():
     result = medistill("train", SFT, "--config_file", "gpu")
     assert result.returncode == 2
-    assert "not one of cpu, cpu_ddp, multi_gpu, rtx5090_qlora" in result.stderr
+    assert "not one of cpu, cpu_ddp, fsdp2, multi_gpu, rtx5090_qlora, zero2, zero3" in result.stderr
 
 
 def test_from_another_folder_the_repository_is_found(monkeypatch, tmp_path):
