@@ -139,14 +139,19 @@ class HeldoutCheck:
         was_training = student.training
         student.eval()
         state = PartialState()
-        mine = list(range(state.process_index, len(self.prompts), state.num_processes))
+        measured = [n for n in range(len(self.prompts)) if self._comparable(n)]
+        mine = measured[state.process_index :: state.num_processes]
         # As many on each process: models whose weights are shared out must run equally often on all.
-        most = math.ceil(len(self.prompts) / state.num_processes)
-        mine += [len(self.prompts) - 1] * (most - len(mine))
+        mine += measured[-1:] * (math.ceil(len(measured) / state.num_processes) - len(mine))
         with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
             found = [(index, self._compare(student, index)) for index in mine]
         student.train(was_training)
-        return [sums for _, sums in sorted(dict(gather_object(found)).items())]
+        everyones = dict(gather_object(found))
+        return [everyones.get(index, Sums()) for index in range(len(self.prompts))]
+
+    def _comparable(self, index: int) -> bool:
+        """Whether the models have a token of this completion in common, or are compared as text."""
+        return self.shared is None or bool(comparable_ids(self.completions[index], self.shared))
 
     def summary(self, sums: list[Sums]) -> dict[str, float | int | str | None]:
         """What all completions together come to.
@@ -211,8 +216,6 @@ class HeldoutCheck:
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes, teacher_ce=teacher_ce)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
         ids = comparable_ids(completion, self.shared)
-        if not ids:
-            return Sums()
         teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
         student_logits = completion_logits(student, student_prompt_ids, ids)[:, : self.shared]
         teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)[

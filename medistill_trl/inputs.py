@@ -11,6 +11,7 @@ from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import DataReport, Prompt, leave_out_heldout, read_prompts
+from medistill_trl.engines import DDP, engine_of
 from medistill_trl.errors import UserError
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.model_source import ModelSource
@@ -95,8 +96,10 @@ def _check_context(arguments: Arguments, *sources: ModelSource) -> None:
 
 def identity(arguments: Arguments, loaded: Loaded) -> dict:
     """What a run's numbers depend on besides its recipe; a resumed run must find the same again."""
+    engine = engine_of(arguments, PartialState())
     return {
         "num_processes": PartialState().num_processes,
+        **({} if engine == DDP else {"engine": engine}),  # their checkpoints differ
         "teacher": teacher_identity(loaded.teacher, arguments.teacher, arguments.student),
         "student": loaded.student.fingerprint,
         **{f"sha256 of {report.path}": report.sha256 for report in loaded.reports},

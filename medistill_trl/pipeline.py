@@ -203,9 +203,8 @@ def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
         if state.global_step >= state.max_steps:  # transformers would train one step more
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
-            trainer.is_deepspeed_enabled = (
-                False  # its engine starts with training: the model is whole
-            )
+            # DeepSpeed's engine starts with training: the model is whole and saved as any other.
+            trainer.is_deepspeed_enabled = False
             return
     with StopRequest() as request:
         trainer.add_callback(StopCallback(request))
