@@ -11,18 +11,23 @@ from conftest import ROOT, launch
 from tiny_setting import check, make_setting
 
 from medistill_trl import engines, methods
+from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
 from medistill_trl.errors import UserError
 from medistill_trl.recipe import methods as method_names
 from medistill_trl.recipe_rules import conflicts
+from medistill_trl.setting import Arguments
 
 ZERO3 = SimpleNamespace(zero_stage=3)
 
 
-def arguments_of(tmp_path, method="sft", student=(), **teacher):
-    arguments = make_setting(tmp_path, method, lora=True, teacher=teacher).arguments
-    for key, value in dict(student).items():
-        setattr(arguments.student, key, value)
-    return arguments
+def arguments_of(tmp_path, method="sft", student=(), **teacher) -> Arguments:
+    return Arguments(
+        RunArguments(method=method),
+        StudentArguments(student_model="s", **dict(student)),
+        TeacherArguments(teacher_model="t", **teacher),
+        DataArguments(train_file="t", validation_file="v"),
+        methods.load(method).config(output_dir=str(tmp_path), use_cpu=True, bf16=False),
+    )
 
 
 # --- what the launcher makes of the configs --------------------------------------------------------
