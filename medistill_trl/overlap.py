@@ -9,9 +9,11 @@ tokenizer cuts it into, and if that is not shared either, for the first piece of
 
 Each piece is shorter than what it begins, so this ends. A model whose tokens are cut further, but which gives
 every text the same probability, gets the same distribution over the outcomes.
+
+What is left says no text that the other side could: special tokens, and bytes that the other lacks. They are one
+outcome, the *rest*.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,16 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from medistill_trl.token_bytes import TokenBytes
 
-# A SentencePiece tokenizer puts a space before a text; after a line break it does not.
-OPENINGS = ("", "\n")
-
 
 @dataclass(frozen=True)
 class Overlap:
-    """The outcomes two vocabularies share, numbered from 0.
+    """The outcomes two vocabularies share, numbered from 0; the rest is the last.
 
-    Special tokens are shared if they have the same name, and the two end tokens always are. Those of one
-    side only have no outcome, nor has what the other side cannot write or what ends inside a character.
+    Special tokens are shared if they have the same name, and the two end tokens always are. A student whose tokens
+    all have an outcome has no rest, and cannot learn that of its teacher: then those tokens have no outcome.
 
     Args:
         student_ids, teacher_ids: The shared tokens, in the outcomes' order.
@@ -42,25 +41,33 @@ class Overlap:
 
     @classmethod
     def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> "Overlap":
-        tokenizers = student, teacher
-        sides = [TokenBytes.of(tokenizer) for tokenizer in tokenizers]
+        cutters = [Cutter(tokenizer, TokenBytes.of(tokenizer)) for tokenizer in (student, teacher)]
+        sides = [cutter.table for cutter in cutters]
         ends = student.eos_token_id, teacher.eos_token_id
         pairs = sorted(
             {ends, *_shared(_named(sides, ends)), *_shared([s.by_bytes() for s in sides])}
         )
         ids = [list(column) for column in zip(*pairs, strict=True)]
         number = {sides[0].texts.get(one): n for n, (one, _) in enumerate(pairs)}
-        pieces = [
-            first_pieces(tokenizer, side, set(other.texts.values()) - number.keys())
-            for tokenizer, side, other in zip(tokenizers, sides, sides[::-1], strict=True)
-        ]
         outcomes = [{id: n for n, id in enumerate(column)} for column in ids]
         for side in (0, 1):
             for id, text in sides[side].texts.items():
-                found = _outcome(text, number, pieces, 1 - side)
+                found = _outcome(text, number, [cutters[1 - side], cutters[side]])
                 if found is not None:
                     outcomes[side].setdefault(id, found)
+        rests = [
+            (table.texts.keys() | table.special.keys()) - found.keys()
+            for table, found in zip(sides, outcomes, strict=True)
+        ]
+        if rests[0]:
+            for found, rest in zip(outcomes, rests, strict=True):
+                found |= dict.fromkeys(rest, len(pairs))
         return cls(*ids, *outcomes)
+
+    @property
+    def num_outcomes(self) -> int:
+        """With the rest, if there is one."""
+        return max(self.student_outcomes.values()) + 1
 
     @cached_property
     def partners(self) -> dict[int, int]:
@@ -81,52 +88,36 @@ def _shared(sides: list[dict]) -> list[tuple[int, int]]:
     return [(id, teacher[key]) for key, id in student.items() if key in teacher]
 
 
-def _outcome(
-    text: bytes, number: dict[bytes, int], pieces: list[dict[bytes, bytes]], cutter: int
-) -> int | None:
-    """The outcome of a token, cut by one side and the other in turn until it is shared."""
+def _outcome(text: bytes, number: dict[bytes, int], cutters: list["Cutter"]) -> int | None:
+    """The outcome of a token, cut by the one side and the other in turn until it is shared."""
+    turn = 0
     while text not in number:
-        if text not in pieces[cutter]:
+        piece = cutters[turn].first_piece(text)
+        if not piece:
             return None
-        text, cutter = pieces[cutter][text], 1 - cutter
+        text, turn = piece, 1 - turn
     return number[text]
 
 
-def first_pieces(
-    tokenizer: PreTrainedTokenizerBase, table: TokenBytes, texts: Iterable[bytes]
-) -> dict[bytes, bytes]:
-    """The first token that a tokenizer cuts each text into when it goes on from another; as bytes.
+@dataclass(frozen=True)
+class Cutter:
+    """A tokenizer's model, which cuts texts that go on from others.
 
-    What is no whole text (a part of a character) or merges with what goes before is left out.
+    Args:
+        table: Its vocabulary.
     """
-    whole = sorted(text for text in texts if text and _is_whole(text))
-    found = {}
-    for opening in OPENINGS:
-        missing = [text for text in whole if text not in found]
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(
-            [opening + text.decode() for text in missing], add_special_tokens=False
-        )
-        for text, encoding in zip(missing, encodings, strict=True):
-            piece = _first_of_last(text, [table.texts.get(id, b"") for id in encoding.ids])
-            if piece is not None:
-                found[text] = piece
-    return found
 
+    tokenizer: PreTrainedTokenizerBase
+    table: TokenBytes
 
-def _first_of_last(text: bytes, pieces: list[bytes]) -> bytes | None:
-    """The first of the last pieces that together are the text; None if there are no such."""
-    for n in reversed(range(len(pieces))):
-        rest = b"".join(pieces[n:])
-        if rest == text and pieces[n]:
-            return pieces[n]
-        if len(rest) > len(text):
-            return None
-    return None
+    def first_piece(self, text: bytes) -> bytes | None:
+        """The first token that a text is cut into, as bytes; None if the vocabulary cannot write it, or has it whole.
 
-
-def _is_whole(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        A SentencePiece model writes a character that is not whole in single bytes.
+        """
+        # Not the tokenizer itself, which would put a space before the text, and cannot take half a character.
+        spelled = self.table.spelled(text)
+        tokens = self.tokenizer.backend_tokenizer.model.tokenize(spelled) if spelled else []
+        piece = self.table.texts.get(tokens[0].id, b"") if tokens else text[:1]
+        shorter = 0 < len(piece) < len(text) and text.startswith(piece)
+        return piece if shorter else None

@@ -14,7 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from medistill_trl.errors import UserError
 
-BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}  # GPT-2's byte alphabet
+CHAR_OF = bytes_to_unicode()  # GPT-2's byte alphabet
+BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Decoder steps that change no token: they join tokens, or strip the text's leading space, for which see
 # `TokenBytes.pieces`.
@@ -29,11 +30,14 @@ class TokenBytes:
         texts: Bytes of each token that is text, by id.
         special: Content of each special token, by id: the text does not show it.
         fallbacks: Ids of `<0xNN>` tokens, which stand for what the other tokens cannot write.
+        replaced: What tokens have in place of a text's characters, as (▁, space); None if they are written in
+            GPT-2's byte alphabet.
     """
 
     texts: dict[int, bytes]
     special: dict[int, str]
     fallbacks: frozenset[int]
+    replaced: tuple[tuple[str, str], ...] | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
@@ -44,7 +48,8 @@ class TokenBytes:
         """
         steps = _decoder_steps(tokenizer)
         kinds = [step["type"] for step in steps]
-        to_bytes = _byte_level if "ByteLevel" in kinds else _sentence_piece(steps)
+        replaced = None if "ByteLevel" in kinds else _replaced(steps)
+        to_bytes = _byte_level if replaced is None else _sentence_piece(replaced, kinds)
         added = tokenizer.added_tokens_decoder
         special = {id: token.content for id, token in added.items() if token.special}
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -54,12 +59,23 @@ class TokenBytes:
             {id: to_bytes(text) for id, text in texts.items()},
             special,
             frozenset(fallbacks if "ByteFallback" in kinds else ()),
+            replaced,
         )
 
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes → the token that stands for them, a plain one before a `<0xNN>`."""
         order = sorted(self.texts, key=lambda id: (id in self.fallbacks, id), reverse=True)
         return {self.texts[id]: id for id in order if self.texts[id]}
+
+    def spelled(self, text: bytes) -> str:
+        """A text as the tokenizer's model gets it; without SentencePiece's space before it, and there up to a
+        character that is not whole."""
+        if self.replaced is None:
+            return "".join(CHAR_OF[byte] for byte in text)
+        spelled = _whole_characters(text)
+        for char, meant in self.replaced:
+            spelled = spelled.replace(meant, char)
+        return spelled
 
     def pieces(self, ids: Sequence[int], text: str) -> list[bytes]:
         """The bytes of each token of a completion, so that joined they are the completion's text.
@@ -118,15 +134,22 @@ def _byte_level(token: str) -> bytes:
     return token.encode()
 
 
-def _sentence_piece(steps: list[dict]) -> Callable[[str], bytes]:
-    """A token in which another character stands for the space, or that is a single byte."""
+def _replaced(steps: list[dict]) -> tuple[tuple[str, str], ...]:
+    """Characters that a decoder replaces, and what by."""
     replaced = []
     for step in steps:
         if step["type"] == "Metaspace":
             replaced.append((step["replacement"], " "))
         elif step["type"] == "Replace":
             replaced.append((step["pattern"]["String"], step["content"]))
-    by_byte = any(step["type"] == "ByteFallback" for step in steps)
+    return tuple(replaced)
+
+
+def _sentence_piece(
+    replaced: tuple[tuple[str, str], ...], kinds: list[str]
+) -> Callable[[str], bytes]:
+    """A token in which another character stands for the space, or that is a single byte."""
+    by_byte = "ByteFallback" in kinds
 
     def to_bytes(token: str) -> bytes:
         byte = BYTE_TOKEN.fullmatch(token) if by_byte else None
@@ -137,6 +160,14 @@ def _sentence_piece(steps: list[dict]) -> Callable[[str], bytes]:
         return token.encode()
 
     return to_bytes
+
+
+def _whole_characters(text: bytes) -> str:
+    """Up to the first character that is not whole."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        return text[: error.start].decode()
 
 
 def _leading_spaces(text: bytes) -> int:

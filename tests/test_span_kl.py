@@ -21,13 +21,20 @@ from medistill_trl.overlap import Overlap
 
 DIVERGENCES = ["forward_kl", "reverse_kl", *PARAMETERS]
 V, W, H = 13, 17, 6  # student's and teacher's vocabulary
-# The student's 0..8 are the teacher's 16..8; its 9 counts for outcome 2, 10 and 11 for 5, 12 for nothing.
-# Of the teacher, 0 and 1 count for outcome 2, 3 for 7, the others for nothing.
+# The student's 0..8 are the teacher's 16..8; its 9 counts for outcome 2, 10 and 11 for 5, 12 is the rest.
+# Of the teacher, 0 and 1 count for outcome 2, 3 for 7, 2 and 4 are the rest, the others count for nothing.
 OVERLAP = Overlap(
     list(range(9)),
     list(range(16, 7, -1)),
-    {**{n: n for n in range(9)}, 9: 2, 10: 5, 11: 5},
-    {**{16 - n: n for n in range(9)}, 0: 2, 1: 2, 3: 7},
+    {**{n: n for n in range(9)}, 9: 2, 10: 5, 11: 5, 12: 9},
+    {**{16 - n: n for n in range(9)}, 0: 2, 1: 2, 3: 7, 2: 9, 4: 9},
+)
+# The same without a rest: 12, and the teacher's 2 and 4, count for nothing either.
+NO_REST = Overlap(
+    OVERLAP.student_ids,
+    OVERLAP.teacher_ids,
+    {id: n for id, n in OVERLAP.student_outcomes.items() if n < 9},
+    {id: n for id, n in OVERLAP.teacher_outcomes.items() if n < 9},
 )
 # Student tokens 0–9, teacher tokens 0–8: pairs, two against one, one against three, no span, two against two.
 SPANS = torch.tensor(
@@ -44,7 +51,8 @@ def draw(*size, seed, scale=1.0):
 class Case:
     """Ten student tokens and nine of the teacher, tied by `SPANS`."""
 
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64, overlap=OVERLAP):
+        self.overlap = overlap
         self.student = Reading(
             draw(10, H, seed=1).to(dtype).requires_grad_(),
             torch.tensor([0, 9, 12, 3, 5, 6, 10, 1, 2, 8]),
@@ -56,7 +64,7 @@ class Case:
             LinearHead(draw(W, H + 2, seed=4).to(dtype)),
         )
         self.batch = SpanBatch(SPANS, ONE_TO_ONE)
-        self.fold = Fold.of(OVERLAP)
+        self.fold = Fold.of(overlap)
 
     def loss(self, **options):
         return span_distillation_loss(self.student, self.teacher, self.batch, self.fold, **options)
@@ -79,8 +87,8 @@ class Case:
                 outcomes = [
                     torch.stack([p[ids].sum().log() for ids in members])
                     for p, members in (
-                        (ours[a].exp(), self.members(OVERLAP.student_outcomes)),
-                        (theirs[c].exp(), self.members(OVERLAP.teacher_outcomes)),
+                        (ours[a].exp(), self.members(self.overlap.student_outcomes)),
+                        (theirs[c].exp(), self.members(self.overlap.teacher_outcomes)),
                     )
                 ]
             else:
@@ -96,9 +104,9 @@ class Case:
             total = total + weights_G[g] * t**2 * plain_divergence(name, *outcomes, t)
         return (1 - alpha) * ce + alpha * total
 
-    @staticmethod
-    def members(outcomes):
-        return [[id for id, n in outcomes.items() if n == k] for k in range(9)]
+    def members(self, outcomes):
+        numbers = range(self.overlap.num_outcomes)
+        return [[id for id, n in outcomes.items() if n == k] for k in numbers]
 
 
 def assert_same(case, loss, expected, tolerance=1e-9):
@@ -108,9 +116,9 @@ def assert_same(case, loss, expected, tolerance=1e-9):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
-def test_value_and_gradient_are_those_of_the_formula(name, alpha):
-    case = Case()
+@pytest.mark.parametrize(("alpha", "overlap"), [(0.3, OVERLAP), (1.0, OVERLAP), (1.0, NO_REST)])
+def test_value_and_gradient_are_those_of_the_formula(name, alpha, overlap):
+    case = Case(overlap=overlap)
     temperature_G = torch.tensor([1.0, 2.0, 0.7, 1.5, 3.0, 2.0], dtype=torch.float64)
     weights_G = torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
     loss, sums = case.loss(
@@ -182,9 +190,26 @@ def test_a_rule_sees_the_outcomes_that_are_compared():
 
     loss, sums = case.loss(alpha=0.5, temperature=rule)
     assert case.loss(alpha=0.5, temperature=spy)[0] == loss
-    assert set(seen) == {2, 9}
+    assert set(seen) == {2, 10}
     assert 1.1 <= sums["temperature_min"] < sums["temperature_max"] <= 3
     assert "clipped_low" in sums
+
+
+def test_what_a_student_puts_on_tokens_of_its_own_costs():
+    """Forward KL of a teacher that never takes the rest: −log of what the student leaves for the other outcomes."""
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0], dtype=torch.float64)
+    teacher = Reading(p.log().clamp_min(-200)[None], torch.tensor([0]), LinearHead(torch.eye(5)))
+    batch = SpanBatch(torch.tensor([[0, 1, 0, 1]]), torch.tensor([True]))
+    shared = {0: 0, 1: 1, 2: 2}
+    overlap = Overlap([0, 1, 2], [0, 1, 2], shared | {3: 3}, shared | {3: 3, 4: 3})
+    for lost in (0.0, 0.25, 0.9):
+        q = torch.cat([p[:3] * (1 - lost), p.new_tensor([lost])])
+        states = q.log().clamp_min(-200)[None].requires_grad_()
+        student = Reading(states, torch.tensor([0]), LinearHead(torch.eye(4)))
+        found, _ = span_distillation_loss(student, teacher, batch, Fold.of(overlap), alpha=1.0)
+        assert found.item() == pytest.approx(-math.log(1 - lost), abs=1e-6)
+        (gradient,) = torch.autograd.grad(found, states)
+        assert gradient[0, 3].item() == pytest.approx(lost, abs=1e-6)
 
 
 def same_vocabulary(order=None):

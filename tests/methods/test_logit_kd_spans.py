@@ -70,7 +70,7 @@ def plain(setting, state, temperature):
         for (a, b, c, d), paired in zip(row["spans"], row["one_to_one"], strict=True):
             if paired:
                 pair = [
-                    folded(p.exp(), outcomes, len(overlap.student_ids))
+                    folded(p.exp(), outcomes, overlap.num_outcomes)
                     for p, outcomes in (
                         (ours[a], overlap.student_outcomes),
                         (theirs[c], overlap.teacher_outcomes),
