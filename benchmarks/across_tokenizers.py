@@ -1,12 +1,12 @@
 """Is distilling across tokenizers as good as with one? The embedded pair, with a student of other tokens.
 
-python -m benchmarks.across_tokenizers [--work DIR] [--max_steps N] [--vocab_size V]
+python -m benchmarks.across_tokenizers [--work DIR] [--max_steps N] [--vocab_size V] [--seeds S …]
 
 The student is the embedded one, 21 of the teacher's 30 layers. For the second and third arm it gets a
 SentencePiece-style tokenizer trained on the packaged sample; the embedding of each new token is the mean of
 those of the pieces that the old tokenizer cuts its text into. All arms learn all weights from the same stored
-completions, each as a user would train it. Bits per byte of the teacher's answers to the sample's validation and
-test prompts compare what token counts cannot. Finished runs are kept.
+completions, each as a user would train it; a seed decides their order. Bits per byte of the teacher's answers to the
+sample's validation and test prompts compare what token counts cannot. Finished runs are kept.
 """
 
 import argparse
@@ -77,16 +77,18 @@ def old_pieces(new: PreTrainedTokenizerBase, old: PreTrainedTokenizerBase) -> li
     return found
 
 
-def train(name: str, changes: dict, work: Path, student: Path, max_steps: int) -> dict:
-    """One arm's results/run.json, trained unless it was before.
+def train(name: str, changes: dict, work: Path, student: Path, max_steps: int, seed: int) -> dict:
+    """One run's results/run.json, trained unless it was before.
 
     Raises:
         SystemExit: training failed; it has said why.
     """
     values = {key: value for key, value in changes.items() if key != "retokenised"}
+    run_name = f"{name.replace(',', '').replace(' ', '_')}-seed_{seed}"
     values |= {
-        "run_name": name.replace(",", "").replace(" ", "_"),
-        "output_dir": str(work / name.replace(",", "").replace(" ", "_")),
+        "run_name": run_name,
+        "output_dir": str(work / run_name),
+        "seed": seed,
         "completion_store": str(work / "completions.sqlite"),
         "teacher_completions": "stored",
         "teacher_temperature": 0.0,
@@ -104,7 +106,7 @@ def train(name: str, changes: dict, work: Path, student: Path, max_steps: int) -
         values |= {"student_model": str(student), "student_keep_layers": None}
     output = Path(values["output_dir"])
     if not (output / "COMPLETE").is_file():
-        overlay = work / f"{values['run_name']}.yaml"
+        overlay = work / f"{run_name}.yaml"
         overlay.write_text(yaml.safe_dump(values), encoding="utf-8")
         recipe = ["recipes/run.py", "recipes/logit_kd.yaml", str(OVERLAY), str(overlay)]
         status = subprocess.run([sys.executable, *recipe], cwd=ROOT, check=False).returncode
@@ -113,9 +115,10 @@ def train(name: str, changes: dict, work: Path, student: Path, max_steps: int) -
     return json.loads((output / "results/run.json").read_text(encoding="utf-8"))
 
 
-def table(records: dict[str, dict]) -> str:
-    """Bits per byte before and after, and the share of the way to the teacher; as Markdown."""
-    lasts = [record["heldout"]["after"] for record in records.values()]
+def table(records: dict[str, list[dict]]) -> str:
+    """Bits per byte before and after, and the share of the way to the teacher, as Markdown: the mean over an arm's
+    seeds, and from the least to the greatest of them."""
+    lasts = [record["heldout"]["after"] for runs in records.values() for record in runs]
     teacher = next(
         last["teacher_bits_per_byte"] for last in lasts if "teacher_bits_per_byte" in last
     )
@@ -123,21 +126,37 @@ def table(records: dict[str, dict]) -> str:
         "| student | bits per byte, before | after | less by | of the way to the teacher | one-to-one | teacher on shared |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, record in records.items():
-        before, after = (record["heldout"][stage]["bits_per_byte"] for stage in ("before", "after"))
-        logged = [entry for entry in record["log_history"] if "one_to_one_share" in entry]
+    for name, runs in records.items():
+        before = runs[0]["heldout"]["before"][
+            "bits_per_byte"
+        ]  # of the same model whatever the seed
+        after = [record["heldout"]["after"]["bits_per_byte"] for record in runs]
+        logged = [entry for record in runs for entry in record["log_history"]]
         shares = ["one_to_one_share", "teacher_shared_mass"]
-        means = [_mean([entry.get(share) for entry in logged]) for share in shares]
-        way = (before - after) / (before - teacher)
-        cells = [f"{before:.3f}", f"{after:.3f}", f"{before - after:.3f}", f"{way:.0%}", *means]
+        cells = [
+            f"{before:.3f}",
+            _spread(after),
+            _spread([before - each for each in after]),
+            f"{(before - _mean(after)) / (before - teacher):.0%}",
+            *(_logged_mean(logged, share) for share in shares),
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"\nThe teacher itself: {teacher:.3f} bits per byte.")
     return "\n".join(lines)
 
 
-def _mean(values: list[float | None]) -> str:
-    numbers = [value for value in values if value is not None]
-    return f"{sum(numbers) / len(numbers):.2f}" if numbers else "–"
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{_mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+
+
+def _logged_mean(logged: list[dict], name: str) -> str:
+    values = [entry[name] for entry in logged if name in entry]
+    return f"{_mean(values):.2f}" if values else "–"
 
 
 def main() -> None:
@@ -145,6 +164,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/across_tokenizers"))
     parser.add_argument("--max_steps", type=int, default=24)
     parser.add_argument("--vocab_size", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -152,7 +172,8 @@ def main() -> None:
     (work / "heldout.jsonl").write_text("".join(heldout), encoding="utf-8")
     student = make_student(work / f"student_{args.vocab_size}", args.vocab_size)
     records = {
-        name: train(name, changes, work, student, args.max_steps) for name, changes in ARMS.items()
+        name: [train(name, changes, work, student, args.max_steps, seed) for seed in args.seeds]
+        for name, changes in ARMS.items()
     }
     print(table(records))
 
