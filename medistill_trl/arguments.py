@@ -292,4 +292,19 @@ class ChunkArguments:
     )
 
 
+@dataclass
+class CoverageArguments:
+    """Of the methods that compare more than text."""
+
+    LIMITS = {"min_coverage": {"min": 0, "max": 1}}
+
+    min_coverage: float = field(
+        default=0.3,
+        metadata={
+            "help": "Where the tokenizers differ, warn once if a smaller share of the student's tokens is compared. For "
+            "Logit-KD and AdaKD also if the teacher gives the tokens that both have less probability."
+        },
+    )
+
+
 EVALUATION_KEYS = ("verifier",)  # saved with the run for eval.run, and no part of what the run is

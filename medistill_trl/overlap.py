@@ -11,7 +11,7 @@ Each piece is shorter than what it begins, so this ends. A model whose tokens ar
 every text the same probability, gets the same distribution over the outcomes.
 
 What is left says no text that the other side could: special tokens, and bytes that the other lacks. They are one
-outcome, the *rest*.
+outcome, the *tail*.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from medistill_trl.token_bytes import TokenBytes
 
 @dataclass(frozen=True)
 class Overlap:
-    """The outcomes two vocabularies share, numbered from 0; the rest is the last.
+    """The outcomes two vocabularies share, numbered from 0; the tail is the last.
 
     Special tokens are shared if they have the same name, and the two end tokens always are. A student whose tokens
-    all have an outcome has no rest, and cannot learn that of its teacher: then those tokens have no outcome.
+    all have an outcome has no tail, and cannot learn its teacher's: then the teacher's has no outcome.
 
     Args:
         student_ids, teacher_ids: The shared tokens, in the outcomes' order.
@@ -55,18 +55,18 @@ class Overlap:
                 found = _outcome(text, number, [cutters[1 - side], cutters[side]])
                 if found is not None:
                     outcomes[side].setdefault(id, found)
-        rests = [
+        tails = [
             (table.texts.keys() | table.special.keys()) - found.keys()
             for table, found in zip(sides, outcomes, strict=True)
         ]
-        if rests[0]:
-            for found, rest in zip(outcomes, rests, strict=True):
-                found |= dict.fromkeys(rest, len(pairs))
+        if tails[0]:
+            for found, tail in zip(outcomes, tails, strict=True):
+                found |= dict.fromkeys(tail, len(pairs))
         return cls(*ids, *outcomes)
 
     @property
     def num_outcomes(self) -> int:
-        """With the rest, if there is one."""
+        """With the tail, if there is one."""
         return max(self.student_outcomes.values()) + 1
 
     @cached_property

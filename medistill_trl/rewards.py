@@ -24,6 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from medistill_trl.answer_matching import matches
+from medistill_trl.arguments import CoverageArguments
 from medistill_trl.errors import NonFinite, UserError
 from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.policy import at_last, span_rewards
@@ -42,7 +43,7 @@ ANSWER_FORMAT = RationaleFormat(separator="Final answer:", end_marker="", instru
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(CoverageArguments):
     """The keys of the methods that the teacher rewards."""
 
     LIMITS = {  # see schema.py
@@ -91,6 +92,7 @@ class Rewards:
         parts: What the scores were made of, for the log: (n,) each, of those completions it is defined for.
         teacher_log_probs: log p_T of the student's tokens, (C,) each. If the teacher reads text: what makes the
             difference to log p_S the token's reward, or None without such rewards.
+        tokens_in_spans: Of each completion, those the reward looked at; None where it does not look at spans.
     """
 
     per_token: bool
@@ -99,6 +101,7 @@ class Rewards:
     mask_BT: torch.Tensor
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher_log_probs: list[torch.Tensor] | None = None
+    tokens_in_spans: list[int] | None = None
 
 
 def answer_is_right(text: str, reference: str) -> bool:
@@ -219,13 +222,13 @@ class TeacherReward:
         lengths = torch.tensor([len(sample.token_ids) for sample in samples], device=device)
         mask_BT = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
         charges_B = self._charges(samples).to(device)
-        parts = {}
+        parts, in_spans = {}, None
         if self.kind == "token_kl":
             own = [values.to(device) for values in student_log_probs]
             if self.tokenizers is None:
                 rewards = [t - s for t, s in zip(log_probs, own, strict=True)]
             else:
-                rewards = self._by_span(samples, examples, log_probs, own)
+                rewards, in_spans = self._by_span(samples, examples, log_probs, own)
                 log_probs = [s + reward for s, reward in zip(own, rewards, strict=True)]
             rewards_BT = pad_sequence(rewards, batch_first=True)
             scores_B = rewards_BT.sum(1) - charges_B
@@ -236,7 +239,8 @@ class TeacherReward:
             rewards_BT = at_last(scores_B, mask_BT)
         aligned = None if self.shared is None and self.tokenizers is None else log_probs
         self._require_finite(samples, rewards_BT, scores_B)
-        return Rewards(self.kind == "token_kl", rewards_BT, scores_B, mask_BT, parts, aligned)
+        per_token = self.kind == "token_kl"
+        return Rewards(per_token, rewards_BT, scores_B, mask_BT, parts, aligned, in_spans)
 
     def _require_finite(self, samples, rewards_BT: torch.Tensor, scores_B: torch.Tensor) -> None:
         fine_B = rewards_BT.isfinite().all(1) & scores_B.isfinite()
@@ -273,18 +277,19 @@ class TeacherReward:
         examples: Sequence[dict[str, list[int]]],
         teacher_log_probs: Sequence[torch.Tensor],
         student_log_probs: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """The rewards of spans, (C,) each."""
-        found = []
+    ) -> tuple[list[torch.Tensor], list[int]]:
+        """The rewards of spans, (C,) each, and how many of the C tokens are in one."""
+        found, in_spans = [], []
         columns = zip(samples, examples, teacher_log_probs, student_log_probs, strict=True)
         for sample, example, theirs, own in columns:
             spans = self._spans(sample, [id for id in example["labels"] if id != IGNORED])
             numbers = span_numbers(spans, len(own), len(theirs))
+            in_spans.append(sum(number != IGNORED for number in numbers[0]))
             numbers = (
                 torch.tensor(column, dtype=torch.long, device=own.device) for column in numbers
             )
             found.append(span_rewards(own, theirs, *numbers))
-        return found
+        return found, in_spans
 
     def _spans(self, sample: Sample, teacher_ids: list[int]) -> list[Span]:
         completion = sample.completion

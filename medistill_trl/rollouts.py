@@ -191,6 +191,7 @@ def summary(
     scores_B: torch.Tensor,
     parts: dict[str, torch.Tensor],
     log_ratios: dict[str, Sequence[torch.Tensor]],
+    tokens_in_spans: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """What is logged of completions, over all processes, which all must ask.
 
@@ -199,6 +200,7 @@ def summary(
         parts: What the rewards were made of, (n,) each.
         log_ratios: By name, log p_S − log p of another model for each completion's tokens, (C,) each:
             their mean estimates KL(S‖other) per token.
+        tokens_in_spans: See `rewards.Rewards`.
     """
     mine = {
         "reward": scores_B.tolist(),
@@ -207,6 +209,7 @@ def summary(
         "empty": [float(not sample.token_ids) for sample in samples],
         **{f"part {name}": values.tolist() for name, values in parts.items()},
         **{name: [v.sum().item() for v in values] for name, values in log_ratios.items()},
+        **({} if tokens_in_spans is None else {"in spans": tokens_in_spans}),
     }
     everyone = gather_object([mine])
     pooled = {
@@ -214,13 +217,15 @@ def summary(
         for name in mine
     }
     reward, tokens = pooled["reward"], pooled["tokens"]
+    total = tokens.sum().clamp_min(1)
     means = {f"reward_{name}": pooled[f"part {name}"] for name in parts}
-    kl = {f"{name}_nats": (pooled[name].sum() / tokens.sum().clamp_min(1)) for name in log_ratios}
+    kl = {f"{name}_nats": pooled[name].sum() / total for name in log_ratios}
     logged = {
         "reward_mean": reward.mean(),
         "reward_std": reward.std(correction=0),
         **{name: values.mean() for name, values in means.items() if len(values)},
         **kl,
+        **({"span_share": pooled["in spans"].sum() / total} if "in spans" in pooled else {}),
         "completion_tokens_mean": tokens.mean(),
         "completion_tokens_min": tokens.min(),
         "completion_tokens_max": tokens.max(),

@@ -1,6 +1,6 @@
 """Two next-token distributions over different vocabularies, brought to the outcomes they share.
 
-The probabilities of the tokens that count for one outcome are added; the rest, of which no token is shared, is the
+The probabilities of the tokens that count for one outcome are added; the tail, of which no token is shared, is the
 last outcome. Tokens without an outcome are left out and the others renormalised. Adding is done at temperature 1,
 where a text's probability does not depend on how it is cut; a temperature then softens the distribution over the
 outcomes.
@@ -22,7 +22,7 @@ class Side:
     """One vocabulary's way to the outcomes.
 
     Args:
-        shared_S: The token each outcome but the rest is named by.
+        shared_S: The token each outcome but the tail is named by.
         others_X: Further tokens that count for an outcome.
         outcomes_X: Which.
         num_outcomes: K.

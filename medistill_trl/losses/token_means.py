@@ -21,6 +21,7 @@ NAMES = {
     "value_clipped": "value_clip_fraction",
     "one_to_one": "one_to_one_share",
     "merged": "merged_share",
+    "in_spans": "span_share",
 }
 COUNTS = ("tokens", "spans")  # divided by, not logged
 # What is not a mean per token where the models compare spans, and the count it is a mean over.

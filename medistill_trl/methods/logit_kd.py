@@ -10,7 +10,6 @@ right tokens, so they carry the divergence alone.
 (no CE, no T², whole logits) and its way to draw completions (per micro-batch, normalised by other tokens).
 """
 
-import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from transformers.utils import ModelOutput
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from medistill_trl.arguments import ChunkArguments, CompletionArguments
+from medistill_trl.arguments import ChunkArguments, CompletionArguments, CoverageArguments
+from medistill_trl.coverage import Coverage
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.losses import divergences
@@ -41,11 +41,9 @@ from medistill_trl.prompts import IGNORED
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts, window_seed
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
-class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
+class LogitKDConfig(CompletionArguments, ChunkArguments, CoverageArguments, GKDConfig):
     """`trl.experimental.gkd.GKDConfig` plus the loss. `beta` is the jsd's, `temperature` and
     `max_new_tokens` are of the student's own completions (`lmbda` > 0)."""
 
@@ -54,7 +52,6 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
         "kd_temperature": {"above": 0},
         "skew": {"above": 0, "below": 1},
         "lmbda": {"min": 0, "max": 1},
-        "min_coverage": {"min": 0, "max": 1},
     }
 
     alpha: float = field(
@@ -84,13 +81,6 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, GKDConfig):
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of the student's own completions."}
-    )
-    min_coverage: float = field(
-        default=0.3,
-        metadata={
-            "help": "Across tokenizers, warn once where fewer of the student's tokens are also the teacher's, "
-            "or where the teacher gives the tokens both have less probability."
-        },
     )
 
     def __post_init__(self):
@@ -134,7 +124,7 @@ class LogitKDTrainer(GKDTrainer):
         # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._warned = False
+        self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         for model in (self.accelerator.unwrap_model(self.model), writer.teacher.model):
             OutputHead.of(model).check(model)
 
@@ -268,22 +258,8 @@ class LogitKDTrainer(GKDTrainer):
         """Adds means per completion token since the last log, over all processes."""
         prefix = "" if self._mode == "train" else "eval_"
         means = self._means[self._mode].take(self.accelerator)
-        self._check_coverage(means)
+        self._coverage.check(means)
         super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
-
-    def _check_coverage(self, means: dict[str, float]) -> None:
-        """Warn once where two tokenizers have little in common."""
-        names = ("one_to_one_share", "teacher_shared_mass")
-        low = {name: means[name] for name in names if means.get(name, 1) < self.args.min_coverage}
-        if low and not self._warned and self.is_world_process_zero():
-            self._warned = True
-            found = " and ".join(f"{name} {value:.2f}" for name, value in low.items())
-            logger.warning(
-                "the two tokenizers have little in common: %s, below min_coverage %g. Little of the teacher's "
-                "distribution is compared; a method that passes text may serve this pair as well",
-                found,
-                self.args.min_coverage,
-            )
 
 
 def check(arguments: Arguments, loaded: Loaded) -> None:

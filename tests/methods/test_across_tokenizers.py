@@ -10,6 +10,7 @@ from tiny_setting import PROMPTS, check, logged, make_form, make_setting, train
 from two_tokenizers import permuted
 
 from medistill_trl import methods
+from medistill_trl.coverage import Coverage, span_counts
 from medistill_trl.errors import UserError
 from medistill_trl.prompt_spans import prompt_spans
 from medistill_trl.prompts import IGNORED, PromptFormat
@@ -266,7 +267,9 @@ def test_a_sample_cut_amid_a_character_earns_for_what_is_whole(tmp_path):
     nothing = Sample("Why?", Completion("", [], finished=False))
     pair = [encode_sample(STUDENT, sample) for sample in (one, nothing)]
     own = completion_log_probs(setting.student, pair)
-    rewards, none = TeacherReward.of(setting)([one, nothing], own).rewards_BT
+    found = TeacherReward.of(setting)([one, nothing], own)
+    assert found.tokens_in_spans == [len(ids) - 1, 0]
+    rewards, none = found.rewards_BT
     assert not none.any()
     assert rewards[-1] == 0
     assert rewards[:-1].count_nonzero() > 1
@@ -285,9 +288,40 @@ def test_a_stop_string_earns_nothing(tmp_path):
 # --- all of them
 
 
+def test_the_share_in_spans_is_of_the_students_tokens(tmp_path):
+    """An accent that Qwen2's tokenizer composes is in no span; what max_length cuts of the teacher's is in none."""
+    trainer = methods.load("fitnets").build(across(tmp_path, "fitnets", alpha=1.0))
+    text = "Give nai\u0308ve cells"
+    batch = batch_of(trainer, [text])
+    spans = batch["spans"].tolist()
+    tokens = len(STUDENT.tokenizer(text)["input_ids"]) + 1
+    inside = sum(end - start for start, end, *_ in spans)
+    assert 0 < inside < tokens
+    assert span_counts(batch) == {"tokens": tokens, "in_spans": inside}
+    trainer.compute_loss(trainer.model, batch)
+    assert trainer._means["train"]["spans"].take(trainer.accelerator) == {
+        "span_share": pytest.approx(inside / tokens)
+    }
+
+
+def test_low_coverage_is_said_once_and_by_one_process(caplog):
+    means = {"span_share": 0.25, "loss": 0.1}
+    one, other = Coverage(0.3, says=True), Coverage(0.3, says=False)
+    for _ in range(2):
+        one.check(means | {"span_share": 0.3})
+        one.check({"loss": 0.1})
+    assert not caplog.records
+    for _ in range(2):
+        one.check(means)
+        other.check(means)
+    (said,) = caplog.records
+    assert "span_share 0.25, below min_coverage 0.3" in said.getMessage()
+
+
 @pytest.mark.parametrize("method", ["fitnets", "attention", "on_policy", "ppo"])
-def test_two_steps_move_the_student_and_nothing_else(tmp_path, method):
-    setting = across(tmp_path, method, lora=True, eval_strategy="steps", eval_steps=1)
+def test_two_steps_move_the_student_and_nothing_else(tmp_path, method, caplog):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "min_coverage": 1.0}
+    setting = across(tmp_path, method, lora=True, **changes)
     teacher = {name: p.clone() for name, p in setting.teacher.model.named_parameters()}
     _, trainer, before = train(setting)
     assert all(math.isfinite(loss) for loss in logged(trainer))
@@ -300,6 +334,17 @@ def test_two_steps_move_the_student_and_nothing_else(tmp_path, method):
         assert torch.equal(value, teacher[name]), name
     if method in ("on_policy", "ppo"):
         assert len(logged(trainer, "kl_to_teacher_nats")) > 0
+    assert len(logged(trainer, "span_share")) == (1 if method == "ppo" else 2)
+    names = "span_share", "eval_span_share"
+    shares = [entry[n] for entry in trainer.state.log_history for n in names if n in entry]
+    assert len(shares) > len(logged(trainer, "span_share"))
+    assert all(0 < share <= 1 for share in shares)
+    assert (
+        min(shares) < 1
+    )  # a tiny model's text has characters that Qwen2's tokenizer composes, or is cut amid one
+    said = [r.getMessage() for r in caplog.records if "little in common" in r.getMessage()]
+    assert len(said) == 1
+    assert "span_share 0." in said[0]
 
 
 @pytest.mark.parametrize("method", ["on_policy", "ppo"])

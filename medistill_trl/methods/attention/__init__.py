@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 from trl import SFTConfig
 
-from medistill_trl.arguments import ChunkArguments, CompletionArguments
+from medistill_trl.arguments import ChunkArguments, CompletionArguments, CoverageArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
@@ -30,7 +30,9 @@ from medistill_trl.vocabulary import shared_vocabulary
 
 
 @dataclass
-class AttentionConfig(LayerArguments, CompletionArguments, ChunkArguments, SFTConfig):
+class AttentionConfig(
+    LayerArguments, CompletionArguments, ChunkArguments, CoverageArguments, SFTConfig
+):
     """`trl.SFTConfig` plus the attention loss."""
 
     LIMITS = {  # see schema.py

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from medistill_trl.coverage import Coverage, span_counts
 from medistill_trl.layers import run_through
 from medistill_trl.losses.attention import AttentionInputs, attention_loss
 from medistill_trl.losses.heads import OutputHead, states_before_head
@@ -70,8 +71,11 @@ class AttentionTrainer(SFTTrainer):
         self.relation_heads = relation_heads
         # compute_loss divides by what the window holds itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
-        # Cross-entropy per token and attention per row: their numbers differ.
-        self._means = {mode: (TokenMeans(), TokenMeans()) for mode in ("train", "eval")}
+        # Cross-entropy per token, attention per row, which are others, and spans, without regard to alpha.
+        self._means = {
+            mode: (TokenMeans(), TokenMeans(), TokenMeans()) for mode in ("train", "eval")
+        }
+        self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         student = self.accelerator.unwrap_model(self.model)
         OutputHead.of(student).check(student)
         check_attention(student, self.student_layers)
@@ -114,6 +118,8 @@ class AttentionTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         alpha = self.args.alpha
         student = self.accelerator.unwrap_model(model)
+        if self.writer.tokenizers is not None:
+            self._means[self._mode][2].add(span_counts(inputs))
         # The teacher goes first, so that what its forward needs is gone when the student's is kept.
         teacher = self._teacher_attention(inputs) if alpha > 0 else []
         with captured_attention(student, self.student_layers) as captured:
@@ -218,4 +224,5 @@ class AttentionTrainer(SFTTrainer):
         means = {}
         for collected in self._means[self._mode]:
             means |= collected.take(self.accelerator)
+        self._coverage.check(means)
         super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)

@@ -50,6 +50,7 @@ class BondConfig(OnPolicyConfig):
         "num_iterations": "every window of samples is trained on once",
         "epsilon": "every window of samples is trained on once",
         "epsilon_high": "every window of samples is trained on once",
+        "min_coverage": "the teacher reads whole completions",
     }
     LIMITS = {
         "num_samples": {"min": 2},

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import SFTConfig
 
-from medistill_trl.arguments import ChunkArguments, CompletionArguments
+from medistill_trl.arguments import ChunkArguments, CompletionArguments, CoverageArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class FitNetsConfig(LayerArguments, CompletionArguments, ChunkArguments, SFTConfig):
+class FitNetsConfig(
+    LayerArguments, CompletionArguments, ChunkArguments, CoverageArguments, SFTConfig
+):
     """`trl.SFTConfig` plus the loss on hidden states and the projections."""
 
     LIMITS = {  # see schema.py

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from medistill_trl.coverage import Coverage, span_counts
 from medistill_trl.layers import captured, run_through
 from medistill_trl.losses.features import FeatureLoss
 from medistill_trl.losses.heads import OutputHead, states_before_head
@@ -56,8 +57,10 @@ class FitNetsTrainer(SFTTrainer):
         # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         self._means = {
-            mode: {"ce": TokenMeans(), "features": TokenMeans()} for mode in ("train", "eval")
+            mode: {name: TokenMeans() for name in ("ce", "features", "spans")}
+            for mode in ("train", "eval")
         }
+        self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         student = self.accelerator.unwrap_model(self.model)
         OutputHead.of(student).check(student)
         self.projections = None
@@ -102,6 +105,8 @@ class FitNetsTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         teacher_states = self._teacher_states(inputs)
+        if self.writer.tokenizers is not None:
+            self._means[self._mode]["spans"].add(span_counts(inputs))
         student = self.accelerator.unwrap_model(model)
         layers = [layer for layer, _ in self.pairs]
         with captured(student, layers) as states:
@@ -287,6 +292,7 @@ class FitNetsTrainer(SFTTrainer):
         prefix = "" if self._mode == "train" else "eval_"
         for means in self._means[self._mode].values():
             taken = means.take(self.accelerator)
+            self._coverage.check(taken)
             logs = logs | {prefix + name: value for name, value in taken.items()}
         super().log(logs, start_time)
 

@@ -14,6 +14,7 @@ from peft import PeftModel
 from trl import GRPOTrainer
 
 from medistill_trl.checkpoints import Totals
+from medistill_trl.coverage import Coverage
 from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.policy import policy_loss, sequence_advantages, token_advantages
 from medistill_trl.losses.token_kl import completion_states
@@ -61,6 +62,7 @@ class OnPolicyTrainer(GRPOTrainer):
         self.write_batch_size = write_batch_size
         self._window: list[dict[str, torch.Tensor]] = []
         self._means = TokenMeans()
+        self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         self._evaluated = 0
         for model in (self._student, reward.teacher.model):
             OutputHead.of(model).check(model)
@@ -161,7 +163,11 @@ class OnPolicyTrainer(GRPOTrainer):
             f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
             for name, log_probs in self._others(examples, rewards).items()
         }
-        for name, value in summary(samples, rewards.scores_B, rewards.parts, log_ratios).items():
+        logged = summary(
+            samples, rewards.scores_B, rewards.parts, log_ratios, rewards.tokens_in_spans
+        )
+        self._coverage.check(logged)
+        for name, value in logged.items():
             self._metrics[mode][name].append(value)
         return examples, rewards, log_ratios
 

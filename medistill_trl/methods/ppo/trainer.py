@@ -17,6 +17,7 @@ from trl.experimental.ppo import PPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from medistill_trl.checkpoints import Totals
+from medistill_trl.coverage import Coverage
 from medistill_trl.losses.advantages import Moments, explained_variance, gae, value_loss, whiten
 from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.policy import discounted_returns, policy_loss
@@ -81,6 +82,7 @@ class PPODistillTrainer(PPOTrainer):
         self.write_batch_size = write_batch_size
         self._rollout: list[Sampled] = []
         self._means = TokenMeans()
+        self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         self._logged = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._evaluated = 0
         for either in (self._student, reward.teacher.model):
@@ -198,7 +200,11 @@ class PPODistillTrainer(PPOTrainer):
             f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
             for name, log_probs in others.items()
         }
-        for name, value in summary(samples, rewards.scores_B, rewards.parts, log_ratios).items():
+        logged = summary(
+            samples, rewards.scores_B, rewards.parts, log_ratios, rewards.tokens_in_spans
+        )
+        self._coverage.check(logged)
+        for name, value in logged.items():
             self._logged[mode][name].append(value)
         return Scored(examples, own, values, rewards, log_ratios)
 
