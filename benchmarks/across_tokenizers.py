@@ -77,6 +77,24 @@ def old_pieces(new: PreTrainedTokenizerBase, old: PreTrainedTokenizerBase) -> li
     return found
 
 
+def vocabularies(student: Path) -> str:
+    """What the retokenised student's tokens and its teacher's have in common, in a sentence."""
+    name = yaml.safe_load(OVERLAY.read_text(encoding="utf-8"))["teacher_model"]
+    own, teacher = (
+        models.load_tokenizer(model_source.resolve(each)) for each in (str(student), name)
+    )
+    overlap = Overlap.of(own, teacher)
+    shared = len(overlap.student_ids)
+    tails = [
+        sum(n == shared for n in outcomes.values())
+        for outcomes in (overlap.student_outcomes, overlap.teacher_outcomes)
+    ]
+    return (
+        f"Of the student's {len(own)} tokens and the teacher's {len(teacher)}, {shared} are in both; the tail has "
+        f"{tails[0]} and {tails[1]}, and the others count for their first pieces."
+    )
+
+
 def train(name: str, changes: dict, work: Path, student: Path, max_steps: int, seed: int) -> dict:
     """One run's results/run.json, trained unless it was before.
 
@@ -176,6 +194,7 @@ def main() -> None:
         for name, changes in ARMS.items()
     }
     print(table(records))
+    print(vocabularies(student))
 
 
 if __name__ == "__main__":

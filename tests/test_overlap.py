@@ -101,13 +101,13 @@ def test_a_token_that_ends_amid_a_character_counts_for_what_merging_began_it_wit
 def test_ends_are_shared_and_other_special_tokens_only_by_name(llama, level):
     overlap = Overlap.of(llama, level)
     assert overlap.partners[llama.eos_token_id] == level.eos_token_id
-    rest = overlap.num_outcomes - 1
-    assert overlap.student_outcomes[llama.bos_token_id] == rest
-    assert overlap.teacher_outcomes[level.convert_tokens_to_ids("<|endoftext|>")] == rest
-    assert rest == len(overlap.student_ids)
+    tail = overlap.num_outcomes - 1
+    assert overlap.student_outcomes[llama.bos_token_id] == tail
+    assert overlap.teacher_outcomes[level.convert_tokens_to_ids("<|endoftext|>")] == tail
+    assert tail == len(overlap.student_ids)
 
 
-def test_a_rest_that_the_student_does_not_have_is_no_outcome(level):
+def test_a_tail_that_the_student_does_not_have_is_no_outcome(level):
     """A vocabulary and the same with one special token more, on either side."""
     named = make_tokenizer()
     named.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})

@@ -21,16 +21,16 @@ from medistill_trl.overlap import Overlap
 
 DIVERGENCES = ["forward_kl", "reverse_kl", *PARAMETERS]
 V, W, H = 13, 17, 6  # student's and teacher's vocabulary
-# The student's 0..8 are the teacher's 16..8; its 9 counts for outcome 2, 10 and 11 for 5, 12 is the rest.
-# Of the teacher, 0 and 1 count for outcome 2, 3 for 7, 2 and 4 are the rest, the others count for nothing.
+# The student's 0..8 are the teacher's 16..8; its 9 counts for outcome 2, 10 and 11 for 5, 12 is the tail.
+# Of the teacher, 0 and 1 count for outcome 2, 3 for 7, 2 and 4 are the tail, the others count for nothing.
 OVERLAP = Overlap(
     list(range(9)),
     list(range(16, 7, -1)),
     {**{n: n for n in range(9)}, 9: 2, 10: 5, 11: 5, 12: 9},
     {**{16 - n: n for n in range(9)}, 0: 2, 1: 2, 3: 7, 2: 9, 4: 9},
 )
-# The same without a rest: 12, and the teacher's 2 and 4, count for nothing either.
-NO_REST = Overlap(
+# The same without a tail: 12, and the teacher's 2 and 4, count for nothing either.
+NO_TAIL = Overlap(
     OVERLAP.student_ids,
     OVERLAP.teacher_ids,
     {id: n for id, n in OVERLAP.student_outcomes.items() if n < 9},
@@ -116,7 +116,7 @@ def assert_same(case, loss, expected, tolerance=1e-9):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize(("alpha", "overlap"), [(0.3, OVERLAP), (1.0, OVERLAP), (1.0, NO_REST)])
+@pytest.mark.parametrize(("alpha", "overlap"), [(0.3, OVERLAP), (1.0, OVERLAP), (1.0, NO_TAIL)])
 def test_value_and_gradient_are_those_of_the_formula(name, alpha, overlap):
     case = Case(overlap=overlap)
     temperature_G = torch.tensor([1.0, 2.0, 0.7, 1.5, 3.0, 2.0], dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_a_rule_sees_the_outcomes_that_are_compared():
 
 
 def test_what_a_student_puts_on_tokens_of_its_own_costs():
-    """Forward KL of a teacher that never takes the rest: −log of what the student leaves for the other outcomes."""
+    """Forward KL of a teacher that never takes the tail: −log of what the student leaves for the other outcomes."""
     p = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0], dtype=torch.float64)
     teacher = Reading(p.log().clamp_min(-200)[None], torch.tensor([0]), LinearHead(torch.eye(5)))
     batch = SpanBatch(torch.tensor([[0, 1, 0, 1]]), torch.tensor([True]))
