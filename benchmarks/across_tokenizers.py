@@ -2,7 +2,7 @@
 
 python -m benchmarks.across_tokenizers [--work DIR] [--max_steps N] [--vocab_size V] [--seeds S …]
 
-The student is the embedded one, 21 of the teacher's 30 layers. For the second and third arm it gets a
+The student is the embedded one, 21 of the teacher's 30 layers. For all arms but the first it gets a
 SentencePiece-style tokenizer trained on the packaged sample; the embedding of each new token is the mean of
 those of the pieces that the old tokenizer cuts its text into. All arms learn all weights from the same stored
 completions, each as a user would train it; a seed decides their order. Bits per byte of the teacher's answers to the
@@ -31,6 +31,7 @@ ARMS = {
     "same tokenizer, Logit-KD": {},
     "other tokenizer, Logit-KD over spans": {"retokenised": True},
     "other tokenizer, cross-entropy alone": {"retokenised": True, "alpha": 0.0},
+    "other tokenizer, spans alone": {"retokenised": True, "alpha": 1.0},
 }
 
 
