@@ -11,12 +11,13 @@ from eval.options import Options
 from eval.subjects import Subject
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.teacher import Completion, Sampling, complete
+from medistill_trl.writer import Writer
 
 STORE = "completions.sqlite"  # in the folder of the stored results
 
 
 @dataclass
-class _Writer:
+class _Writer(Writer):
     """A subject as the completion store asks it; its weights are loaded for what is not stored."""
 
     subject: Subject

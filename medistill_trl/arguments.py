@@ -86,6 +86,9 @@ class TeacherArguments:
         "teacher_top_p": {"above": 0, "max": 1},
         "teacher_top_k": {"min": 0},
         "teacher_batch_size": {"min": 1},
+        "teacher_timeout": {"above": 0},
+        "teacher_wait": {"min": 0},
+        "teacher_requests_in_flight": {"min": 1, "max": 1024},
     }
 
     teacher_model: str = field(
@@ -145,6 +148,38 @@ class TeacherArguments:
             "(accelerate_configs/zero3.yaml) and makes it slower.",
             "choices": ["replicated", "sharded"],
         },
+    )
+    teacher_backend: str = field(
+        default="local",
+        metadata={
+            "help": "local: the teacher's weights are loaded here. server: teacher_url answers for it, and only its "
+            "config and tokenizer are read from teacher_model.",
+            "choices": ["local", "server"],
+        },
+    )
+    teacher_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1. A key goes into the environment "
+            "variable MEDISTILL_TEACHER_API_KEY."
+        },
+    )
+    teacher_name: str | None = field(
+        default=None,
+        metadata={"help": "What the server calls the teacher; null: the one model it serves."},
+    )
+    teacher_timeout: float = field(
+        default=600.0, metadata={"help": "Longest time of one answer of the server, in seconds."}
+    )
+    teacher_wait: float = field(
+        default=600.0,
+        metadata={
+            "help": "How long a request is tried again while the server does not answer, in seconds; then the run "
+            "saves a checkpoint and ends."
+        },
+    )
+    teacher_requests_in_flight: int = field(
+        default=16, metadata={"help": "Requests under way at a time, of each process."}
     )
     cross_tokenizer: str = field(
         default="auto",
@@ -260,7 +295,10 @@ class RunArguments:
 SHARED = (RunArguments, StudentArguments, TeacherArguments, DataArguments)
 TRANSIENT = ("resume", "dry_run")  # how this launch behaves, not what the run is
 # A resumed run may change them: its numbers do not depend on them.
-FREE_ON_RESUME = ("output_dir", "divergence_action", "divergence_window", "divergence_factor")
+FREE_ON_RESUME = (
+    "output_dir", "divergence_action", "divergence_window", "divergence_factor",
+    "teacher_url", "teacher_timeout", "teacher_wait", "teacher_requests_in_flight",
+)  # fmt: skip
 
 
 # --- shared by several methods, whose configs inherit them

@@ -3,7 +3,7 @@
 A completion is addressed by the teacher's exact weights, the rendered prompt, the sampling settings
 and the sample index. Any run or method that asks for the same address gets the same text, and the
 second run makes no teacher call. Each batch is one transaction: after a kill at most the batch in the
-making is drawn again.
+making is drawn again. Of a server's answers those that arrive together are a batch.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from medistill_trl import disk
 from medistill_trl.errors import UserError
 from medistill_trl.locks import try_lock
-from medistill_trl.sharding import is_shared_out
-from medistill_trl.teacher import Completion, Sampling, Teacher
+from medistill_trl.teacher import Completion, Sampling
+from medistill_trl.writer import Writer, batches
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class CompletionStore:
 
     def draw(
         self,
-        teacher: Teacher,
+        teacher: Writer,
         prompts: list[str],
         sampling: Sampling,
         num_samples: int = 1,
@@ -164,7 +164,7 @@ class CompletionStore:
 
     def _fill(
         self,
-        teacher: Teacher,
+        teacher: Writer,
         missing: list[Request],
         sampling: Sampling,
         batch_size: int,
@@ -173,12 +173,13 @@ class CompletionStore:
         """This process's share of the missing."""
         state = PartialState()
         share = missing[state.process_index :: state.num_processes]
-        batches = _batches(share, batch_size)
-        if is_shared_out(teacher.model):
-            # It must write equally often on all processes; what is drawn twice is kept once.
-            most = max(gather_object([len(batches)]))
-            batches += [missing[:1]] * (most - len(batches))
-        if not batches:
+        prompts = [request.prompt for request in share]
+        seeds = [int(request.key[:8], 16) for request in share]
+        spare = 0
+        if missing and teacher.writes_with_others:
+            own = len(batches(prompts, batch_size))
+            spare = max(gather_object([own])) - own
+        if not share and not spare:
             return
         progress = tqdm(
             total=len(share),
@@ -187,17 +188,19 @@ class CompletionStore:
             disable=not state.is_main_process,
         )
         with progress:
-            for batch in batches:
-                seed, start = int(batch[0].key[:8], 16), time.monotonic()
-                completions = teacher.complete([r.prompt for r in batch], sampling, seed)
+            start = time.monotonic()
+            for drawn in teacher.draw(prompts, seeds, sampling, batch_size):
                 # Processes draw at the same time, each its share of the missing.
-                seconds = (time.monotonic() - start) / len(batch) / state.num_processes
-                self._put(teacher, sampling, zip(batch, completions, strict=True), seconds)
-                progress.update(len(batch))
+                seconds = (time.monotonic() - start) / len(drawn) / state.num_processes
+                self._put(teacher, sampling, [(share[n], c) for n, c in drawn], seconds)
+                progress.update(len(drawn))
+                start = time.monotonic()
+            for _ in range(spare):  # for the others' sake; it is not kept
+                teacher.complete([missing[0].prompt], sampling)
 
     def _put(
         self,
-        teacher: Teacher,
+        teacher: Writer,
         sampling: Sampling,
         drawn: Iterable[tuple[Request, Completion]],
         seconds: float,
@@ -252,24 +255,7 @@ def _is_whole(completion: Completion) -> bool:
     return whole and timed and isinstance(completion.text, str)
 
 
-def _batches(requests: list[Request], size: int) -> list[list[Request]]:
-    """Of at most `size` requests, none of them less than half as long as the longest beside it, to which it
-    is padded.
-
-    Args:
-        requests: Longest prompt first.
-    """
-    batches: list[list[Request]] = []
-    for request in requests:
-        fits = batches and len(batches[-1]) < size
-        if fits and 2 * len(request.prompt) >= len(batches[-1][0].prompt):
-            batches[-1].append(request)
-        else:
-            batches.append([request])
-    return batches
-
-
-def _request(teacher: Teacher, prompt: str, sampling: Sampling, index: int) -> Request:
+def _request(teacher: Writer, prompt: str, sampling: Sampling, index: int) -> Request:
     address = json.dumps(
         [teacher.identity, prompt, sampling.to_dict(), index], sort_keys=True, ensure_ascii=False
     )

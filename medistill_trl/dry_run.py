@@ -30,6 +30,10 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
     parts = memory_parts(method, arguments, loaded)
     print(f"# resolved recipe\n{recipe.to_yaml()}")
     print(f"# memory plan, per device\n{memory_plan.to_text(parts)}\n")
+    if loaded.server is not None:
+        print(
+            f"# teacher: {loaded.server.url} serves it as {loaded.server.model}; none of its weights are loaded here\n"
+        )
     print(
         f"# prompts: {len(loaded.train_prompts)} to train on, {len(loaded.validation_prompts)} held out\n"
     )

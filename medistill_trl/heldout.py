@@ -24,6 +24,7 @@ from medistill_trl.prompts import PromptFormat, encode_completion
 from medistill_trl.teacher import Completion, Sampling, Teacher, complete, completion_logits
 from medistill_trl.vocabulary import shared_vocabulary
 
+SERVED = "the teacher is served and gives no logits: KL is not measured, and top-1 is agreement with the tokens it wrote"
 ROWS_PER_CHUNK = 256  # float32 copies of the logits are made for this many tokens at a time
 
 
@@ -71,6 +72,24 @@ def compare_logits(
         sums.kl += F.kl_div(log_p_student, log_p_teacher, reduction="sum", log_target=True).item()
         sums.ce += F.nll_loss(log_p_student, target_ids[chunk], reduction="sum").item()
         sums.agreed += (log_p_student.argmax(-1) == log_p_teacher.argmax(-1)).sum().item()
+    return sums
+
+
+def compare_tokens(student_logits: torch.Tensor, ids: list[int], num_bytes: int) -> Sums:
+    """Cross-entropy and top-1 agreement with the tokens that a teacher wrote greedily; no KL.
+
+    Args:
+        student_logits: (C, V).
+        ids: (C,).
+        num_bytes: Of the completion.
+    """
+    sums = Sums(tokens=len(ids), num_bytes=num_bytes)
+    target_ids = torch.tensor(ids, device=student_logits.device)
+    parts = student_logits.split(ROWS_PER_CHUNK), target_ids.split(ROWS_PER_CHUNK)
+    for logits, target in zip(*parts, strict=True):
+        log_p = logits.float().log_softmax(-1)
+        sums.ce += F.nll_loss(log_p, target, reduction="sum").item()
+        sums.agreed += (log_p.argmax(-1) == target).sum().item()
     return sums
 
 
@@ -159,7 +178,9 @@ class HeldoutCheck:
         Returns:
             `kl_nats`, `ce_nats` and `top1`, means over completion tokens, and `bits_per_byte`. For
             tokenizers that differ, KL and top-1 are not defined: they are None and `note` says so; and there
-            is `teacher_bits_per_byte`, on the same text, which the student can hardly go below.
+            is `teacher_bits_per_byte`, on the same text, which the student can hardly go below. Of a served
+            teacher there are no logits: KL is None, and so is `teacher_bits_per_byte`; top-1 is that with the
+            tokens it wrote, greedily.
         """
         total = sum(sums, Sums())
         if total.tokens == 0:
@@ -179,20 +200,24 @@ class HeldoutCheck:
         if self.shared is None:
             note = "teacher and student have different tokenizers: KL and top-1 are not defined"
             result |= {"kl_nats": None, "top1": None, "note": note}
-            bits = total.teacher_ce / math.log(2)
-            result["teacher_bits_per_byte"] = bits / max(1, total.num_bytes)
+            if self.teacher.model is not None:
+                bits = total.teacher_ce / math.log(2)
+                result["teacher_bits_per_byte"] = bits / max(1, total.num_bytes)
+        elif self.teacher.model is None:
+            result |= {"kl_nats": None, "note": SERVED}
         return result
 
     def records(self, sums: list[Sums]) -> list[dict]:
         """A record for each completion: `id`, `tokens`, `bytes`, and sums over its tokens, `kl_nats`, `ce_nats` and
         `agreed`; what different tokenizers leave undefined is None."""
         defined = self.shared is not None
+        has_kl = defined and self.teacher.model is not None
         return [
             {
                 "id": prompt.id,
                 "tokens": found.tokens,
                 "bytes": found.num_bytes,
-                "kl_nats": found.kl if defined else None,
+                "kl_nats": found.kl if has_kl else None,
                 "ce_nats": found.ce,
                 "agreed": found.agreed if defined else None,
             }
@@ -212,12 +237,14 @@ class HeldoutCheck:
             logits = completion_logits(student, student_prompt_ids, ids).float()
             target = torch.tensor(ids, device=logits.device)
             ce = F.cross_entropy(logits, target, reduction="sum").item()
-            teacher_ce = self._own_ce(index)
+            teacher_ce = 0.0 if self.teacher.model is None else self._own_ce(index)
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes, teacher_ce=teacher_ce)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
         ids = comparable_ids(completion, self.shared)
-        teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
         student_logits = completion_logits(student, student_prompt_ids, ids)[:, : self.shared]
+        if self.teacher.model is None:
+            return compare_tokens(student_logits, ids, num_bytes)
+        teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
         teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)[
             :, : self.shared
         ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from transformers import set_seed
 
-from medistill_trl import model_source, models
+from medistill_trl import model_source, models, teacher_server
 from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.completion_store import CompletionStore
@@ -16,8 +16,10 @@ from medistill_trl.errors import UserError
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.model_source import ModelSource
 from medistill_trl.prompts import PromptFormat
+from medistill_trl.served_teacher import ServedTeacher, served_identity
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import Teacher
+from medistill_trl.teacher_server import TeacherServer
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class Loaded:
     train_prompts: list[Prompt]
     validation_prompts: list[Prompt]
     reports: list[DataReport]
+    server: TeacherServer | None = None  # that answers for the teacher
 
 
 def load_inputs(arguments: Arguments) -> Loaded:
@@ -48,7 +51,8 @@ def load_inputs(arguments: Arguments) -> Loaded:
         for source in (student, teacher)
     ]
 
-    _check_context(arguments, student, teacher)
+    needed = _check_context(arguments, student, teacher)
+    server = teacher_server.connect(t, needed) if t.teacher_backend == "server" else None
 
     def too_long(prompt: Prompt) -> str | None:
         for role, form, source in zip(
@@ -79,11 +83,15 @@ def load_inputs(arguments: Arguments) -> Loaded:
             for line in report.skipped:
                 logger.warning("  %s", line)
     reports = [train_report, validation_report]
-    return Loaded(student, teacher, *forms, train_prompts, validation_prompts, reports)
+    return Loaded(student, teacher, *forms, train_prompts, validation_prompts, reports, server)
 
 
-def _check_context(arguments: Arguments, *sources: ModelSource) -> None:
-    """Prompt and completion together must fit what each model can attend to."""
+def _check_context(arguments: Arguments, *sources: ModelSource) -> int:
+    """Prompt and completion together must fit what each model can attend to.
+
+    Returns:
+        Their tokens, at most.
+    """
     needed = arguments.data.max_prompt_tokens + arguments.teacher.teacher_max_new_tokens
     for source in sources:
         limit = source.context_length
@@ -92,6 +100,7 @@ def _check_context(arguments: Arguments, *sources: ModelSource) -> None:
                 f"max_prompt_tokens + teacher_max_new_tokens is {needed}, and {source.name} attends to "
                 f"{limit} tokens at most; lower one of them"
             )
+    return needed
 
 
 def identity(arguments: Arguments, loaded: Loaded) -> dict:
@@ -100,10 +109,16 @@ def identity(arguments: Arguments, loaded: Loaded) -> dict:
     return {
         "num_processes": PartialState().num_processes,
         **({} if engine == DDP else {"engine": engine}),  # their checkpoints differ
-        "teacher": teacher_identity(loaded.teacher, arguments.teacher, arguments.student),
+        "teacher": _identity_of_teacher(arguments, loaded),
         "student": loaded.student.fingerprint,
         **{f"sha256 of {report.path}": report.sha256 for report in loaded.reports},
     }
+
+
+def _identity_of_teacher(arguments: Arguments, loaded: Loaded) -> str:
+    if loaded.server is not None:
+        return served_identity(loaded.server, loaded.teacher)
+    return teacher_identity(loaded.teacher, arguments.teacher, arguments.student)
 
 
 def teacher_identity(source: ModelSource, args: TeacherArguments, s: StudentArguments) -> str:
@@ -136,19 +151,7 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
     """Teacher and student on this process's device, and the held-out completions."""
     s, t, training = arguments.student, arguments.teacher, arguments.training
     set_seed(training.seed)
-    logger.info("loading teacher %s", t.teacher_model)
-    teacher_model = models.load_teacher(
-        loaded.teacher,
-        loaded.teacher_form.tokenizer,
-        t,
-        s,
-        training.device,
-        training.trust_remote_code,
-        training.deepspeed_plugin
-        and training.deepspeed_plugin.deepspeed_config["zero_optimization"],
-    )
-    form = loaded.teacher_form
-    teacher = Teacher(teacher_model, form.tokenizer, form, teacher_identity(loaded.teacher, t, s))
+    teacher = _load_teacher(arguments, loaded)
     logger.info("loading student %s", s.student_model)
     student = models.load_student(
         loaded.student,
@@ -177,3 +180,24 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         heldout,
         Totals(),
     )
+
+
+def _load_teacher(arguments: Arguments, loaded: Loaded) -> Teacher:
+    t, training = arguments.teacher, arguments.training
+    form, source = loaded.teacher_form, loaded.teacher
+    if loaded.server is not None:
+        logger.info("teacher %s: served by %s", t.teacher_model, loaded.server.url)
+        ends = models.end_ids(source, form.tokenizer)
+        return ServedTeacher(loaded.server, source, form.tokenizer, form, ends, training.device)
+    logger.info("loading teacher %s", t.teacher_model)
+    model = models.load_teacher(
+        source,
+        form.tokenizer,
+        t,
+        arguments.student,
+        training.device,
+        training.trust_remote_code,
+        training.deepspeed_plugin
+        and training.deepspeed_plugin.deepspeed_config["zero_optimization"],
+    )
+    return Teacher(model, form.tokenizer, form, _identity_of_teacher(arguments, loaded))

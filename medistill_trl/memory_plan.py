@@ -36,6 +36,10 @@ class Part:
     gb: float
     phase: str
 
+    @property
+    def of_teacher(self) -> bool:
+        return self.name.startswith("teacher ")
+
 
 # (recipe, student's and teacher's config) → what the loss of a method holds while it trains
 LossMemory = Callable[[Arguments, PretrainedConfig, PretrainedConfig], list[Part]]
@@ -200,7 +204,9 @@ def plan(
     """
     counted = [*_held(arguments, student, teacher), *_working(arguments, student, teacher)]
     parts = [Part(name, size / GB, phase) for name, size, phase in counted]
-    return parts + loss_memory(arguments, student.config, teacher.config)
+    parts += loss_memory(arguments, student.config, teacher.config)
+    served = arguments.teacher.teacher_backend == "server"  # its server holds them
+    return [part for part in parts if not (served and part.of_teacher)]
 
 
 def _held(arguments: Arguments, student: ModelSource, teacher: ModelSource) -> list[tuple]:

@@ -206,12 +206,25 @@ def keep_4bit_trainable(model: torch.nn.Module) -> None:
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Drop the sampling defaults a checkpoint ships (temperature, repetition penalty, ...): decoding
     is what the recipe says. The end-of-turn tokens stay."""
-    shipped = model.generation_config.eos_token_id
-    ends = shipped if isinstance(shipped, list) else [shipped]
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
-        eos_token_id=sorted({id for id in (*ends, tokenizer.eos_token_id) if id is not None}),
+        eos_token_id=_end_ids(model.generation_config, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
+
+
+def end_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end what a model writes, without its weights: those `set_generation` would keep."""
+    try:
+        shipped = GenerationConfig.from_pretrained(source.location, revision=source.revision)
+    except OSError:  # it ships none, and transformers makes one of its config
+        shipped = GenerationConfig.from_model_config(source.config)
+    return _end_ids(shipped, tokenizer)
+
+
+def _end_ids(shipped: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = shipped.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({id for id in (*ends, tokenizer.eos_token_id) if id is not None})

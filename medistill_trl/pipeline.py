@@ -34,7 +34,8 @@ from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.setting import Arguments, Setting
-from medistill_trl.stopping import StopCallback, StopRequest
+from medistill_trl.stopping import LastBoundary, StopCallback, StopRequest
+from medistill_trl.teacher_server import ServerLost
 from medistill_trl.token_bytes import TokenBytes
 from medistill_trl.vocabulary import require_shared_vocabulary, shared_vocabulary
 
@@ -105,8 +106,14 @@ def check_inputs(method: Method, arguments: Arguments) -> Loaded:
     Raises:
         UserError: it cannot, or something is missing.
     """
+    white_box = method.teacher_access == "white_box"
+    if white_box and arguments.teacher.teacher_backend == "server":
+        raise UserError(
+            f"teacher_backend: {method.name} needs the teacher's logits or inner states while it trains, which no server "
+            f"gives; set teacher_backend: local, or take a method that does not: {', '.join(methods.names('black_box'))}"
+        )
     loaded = load_inputs(arguments)
-    if method.teacher_access == "white_box":
+    if white_box:
         _check_tokenizers(method, arguments, loaded)
     method.check(arguments, loaded)
     return loaded
@@ -196,6 +203,7 @@ def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
     Raises:
         Interrupted: a signal came, and a checkpoint was saved.
         RunFailed: training stopped early; no result is written then.
+        ServerLost: the teacher's server has; the last whole step is saved, if there is one process.
     """
     if checkpoint is not None:
         totals.add(load_totals(checkpoint))
@@ -208,9 +216,14 @@ def train(trainer: Trainer, totals: Totals, checkpoint: Path | None) -> None:
             return
     with StopRequest() as request:
         trainer.add_callback(StopCallback(request))
+        boundary = LastBoundary()
+        trainer.add_callback(boundary)
         try:
             with engines.reading_no_code(trainer.is_deepspeed_enabled):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ServerLost:
+            boundary.save(trainer)
+            raise
         except pickle.UnpicklingError as error:
             # Torch reads tensors and plain values, and runs no code.
             raise UserError(

@@ -84,6 +84,7 @@ def conflicts(values: dict) -> Iterator[tuple[str, str]]:
             those are literals.
     """
     yield from _model_conflicts(values)
+    yield from _server_conflicts(values)
     yield from _completion_conflicts(values)
     yield from _run_conflicts(values)
 
@@ -116,6 +117,21 @@ def _model_conflicts(values: dict) -> Iterator[tuple[str, str]]:
     layers = values.get("student_keep_layers")
     if layers is not None and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
         yield "student_keep_layers", "must list layers once each, in ascending order from 0"
+
+
+def _server_conflicts(values: dict) -> Iterator[tuple[str, str]]:
+    url = values.get("teacher_url")
+    if values.get("teacher_backend") == "server" and not url:
+        yield (
+            "teacher_url",
+            "required with teacher_backend: server, such as http://127.0.0.1:8000/v1",
+        )
+    if url and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
+        yield (
+            "teacher_url",
+            "must be http://host:port or https://…, with a path or none, and without user or query; a key goes into "
+            "the environment variable MEDISTILL_TEACHER_API_KEY",
+        )
 
 
 def _completion_conflicts(values: dict) -> Iterator[tuple[str, str]]:
@@ -172,6 +188,17 @@ def cautions(values: dict) -> Iterator[tuple[str, str]]:
         for key, neutral in (("teacher_top_p", 1.0), ("teacher_top_k", 0)):
             if values.get(key) != neutral:
                 yield key, "has no effect on greedy decoding (teacher_temperature: 0)"
+    if values.get("teacher_backend") == "server":
+        for key in ("teacher_load_in_4bit", "teacher_load_in_8bit"):
+            if values.get(key):
+                yield key, "has no effect: a served teacher is loaded as its server was told to"
+        if values.get("teacher_sharding") == "sharded":
+            yield (
+                "teacher_sharding",
+                "has no effect: no weights of a served teacher are loaded here",
+            )
+    elif values.get("teacher_url"):
+        yield "teacher_url", "has no effect with teacher_backend: local"
     if values.get("trust_remote_code"):
         yield "trust_remote_code", "runs Python code from the model's repository on this machine"
     if values.get("student_dtype") == "float16":

@@ -40,7 +40,9 @@ def measure_before(setting: Setting, directory: RunDirectory) -> dict:
 def describe(measured: dict) -> str:
     """A held-out measurement in one line."""
     if measured["kl_nats"] is None:
-        return f"CE {measured['ce_nats']:.3f} nats, {measured['bits_per_byte']:.3f} bits per byte"
+        top1 = "" if measured["top1"] is None else f", top-1 agreement {measured['top1']:.1%}"
+        bits = f"{measured['bits_per_byte']:.3f} bits per byte"
+        return f"CE {measured['ce_nats']:.3f} nats, {bits}{top1}"
     return (
         f"KL(T‖S) {measured['kl_nats']:.3f} nats, CE {measured['ce_nats']:.3f} nats, "
         f"top-1 agreement {measured['top1']:.1%}"

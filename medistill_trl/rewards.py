@@ -34,7 +34,7 @@ from medistill_trl.rollouts import Sample, encode_sample
 from medistill_trl.setting import Setting
 from medistill_trl.span_columns import span_numbers
 from medistill_trl.spans import Span, TokenizerPair
-from medistill_trl.teacher import Teacher, completion_log_probs
+from medistill_trl.teacher import Teacher
 from medistill_trl.vocabulary import shared_vocabulary
 
 KINDS = ("teacher_logprob", "token_kl", "sequence")
@@ -215,8 +215,8 @@ class TeacherReward:
             NonFinite: a reward is NaN or infinite.
         """
         examples = [self._read(sample) for sample in samples]
-        log_probs = completion_log_probs(
-            self.teacher.model, examples, self.shared, self.batch_size, self.chunk_size
+        log_probs = self.teacher.completion_log_probs(
+            examples, self.shared, self.batch_size, self.chunk_size
         )
         device = log_probs[0].device
         lengths = torch.tensor([len(sample.token_ids) for sample in samples], device=device)

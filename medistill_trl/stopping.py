@@ -5,18 +5,27 @@
     a second signal         ends the process at once, by the kernel
 
 Nothing is marked complete, and --resume goes on from the very step.
+
+A run that loses its teacher's server saves the step before, see `LastBoundary`.
 """
 
+import logging
 import os
+import random
 import signal
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from medistill_trl import launch
+from medistill_trl.checkpoints import problem
 from medistill_trl.errors import Interrupted
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -84,6 +93,50 @@ class StopCallback(TrainerCallback):
                 f"{state.max_steps}, and saved; continue with --resume",
                 self._agreed,
             )
+
+
+class LastBoundary(TrainerCallback):
+    """Remembers the random state of each boundary between steps, so that one can be saved after it was passed.
+
+    The next step may have begun: of an epoch's first one, the data have been shuffled already.
+    """
+
+    def __init__(self):
+        self._random: tuple | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._random = _random_state()
+
+    on_evaluate = on_epoch_end = on_step_end  # both come after it
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the last whole step of a run that cannot go on, unless that was done when it ended.
+
+        With several processes nothing is saved: the others may not be at this step.
+        """
+        state = trainer.state
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+        saved = folder.exists() and problem(folder) is None
+        if self._random is None or saved or PartialState().num_processes > 1:
+            return
+        _set_random_state(self._random)
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer.callback_handler.on_save(trainer.args, state, trainer.control)
+        logger.info("saved after step %d of %d", state.global_step, state.max_steps)
+
+
+def _random_state() -> tuple:
+    """All that a checkpoint holds of random states."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)
 
 
 def _agreed(number: int | None) -> int | None:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +27,7 @@ from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.out_of_memory import OutOfMemoryWriting
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.sharding import is_shared_out
+from medistill_trl.writer import Writer
 
 if TYPE_CHECKING:  # it takes seconds to import, and an evaluation has no trainer
     from transformers import Trainer
@@ -150,7 +152,7 @@ def complete(
     model.train(was_training)
     ends = set(model.generation_config.eos_token_id)
     prompt_length = encoded["input_ids"].shape[1]
-    return [_cut(ids, ends, form) for ids in sequences[:, prompt_length:].tolist()]
+    return [cut(ids, ends, form) for ids in sequences[:, prompt_length:].tolist()]
 
 
 @contextmanager
@@ -169,7 +171,7 @@ def _explained(model: PreTrainedModel, prompts: Sequence[str]) -> Iterator[None]
         raise OutOfMemoryWriting(str(error), len(prompts)) from error
 
 
-def _cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
+def cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
     """Drop EOS, what follows it, and what follows a stop string."""
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
     ids, end_id = (ids, None) if stop is None else (ids[:stop], ids[stop])
@@ -183,11 +185,11 @@ def _cut(ids: list[int], ends: set[int], form: PromptFormat) -> Completion:
     return Completion(text, ids, finished=bool(found) or end_id is not None, end_id=end_id)
 
 
-class Teacher:
+class Teacher(Writer):
     """The frozen model behind one interface.
 
     Args:
-        model: Frozen causal language model.
+        model: Frozen causal language model; None if a server has it, see `served_teacher`.
         tokenizer: Its own tokenizer.
         form: Its prompt format.
         identity: Names the exact weights, dtype and quantisation; part of every stored completion's key.
@@ -195,7 +197,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         form: PromptFormat,
         identity: str,
@@ -213,6 +215,38 @@ class Teacher:
         completions = complete(self.model, self.form, prompts, sampling, seed)
         self.generated_tokens += sum(c.num_tokens for c in completions)
         return completions
+
+    @property
+    def writes_with_others(self) -> bool:
+        return is_shared_out(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens it attends to; None for architectures without position embeddings."""
+        return context_length(self.model.config)
+
+    def completion_log_probs(
+        self,
+        examples: Sequence[dict[str, list[int]]],
+        vocab_size: int | None = None,
+        batch_size: int | None = None,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> list[torch.Tensor]:
+        """log p_T of every completion token, see `completion_log_probs`."""
+        return completion_log_probs(self.model, examples, vocab_size, batch_size, chunk_size)
+
+    def check_log_probs(self) -> None:
+        """Prove that `completion_log_probs` are the model's own.
+
+        Raises:
+            ValueError: its output head does something the loss does not know.
+        """
+        OutputHead.of(self.model).check(self.model)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens a model attends to; None for architectures without position embeddings."""
+    return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
 def complete_in_parts(
@@ -350,16 +384,13 @@ def completion_log_probs(
     return log_probs
 
 
-def mean_log_likelihoods(model: PreTrainedModel, examples: Sequence[dict]) -> list[float]:
+def mean_log_likelihoods(log_probs: Sequence[torch.Tensor]) -> list[float]:
     """How likely a model finds completions: the mean log-probability of their tokens, in nats.
 
     Args:
-        examples: `input_ids` and `labels` as `encode_example` gives them; one forward for all.
+        log_probs: Of each completion, see `completion_log_probs`.
 
     Returns:
-        At most 0; 0 for an example without completion tokens.
+        At most 0; 0 for a completion without tokens.
     """
-    return [
-        log_probs.mean().item() if len(log_probs) else 0.0
-        for log_probs in completion_log_probs(model, examples)
-    ]
+    return [values.mean().item() if len(values) else 0.0 for values in log_probs]

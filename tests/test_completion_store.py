@@ -11,11 +11,12 @@ import pytest
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.errors import UserError
 from medistill_trl.teacher import Completion, Sampling
+from medistill_trl.writer import Writer
 
 PROMPTS = [f"prompt {'x' * (i % 7)} {i}" for i in range(40)]
 
 
-class CountingTeacher:
+class CountingTeacher(Writer):
     """Answers at once and keeps what it was asked: the store's side of the bargain is what is tested."""
 
     def __init__(self, identity="teacher-1", delay=0.0):

@@ -21,6 +21,7 @@ from eval.verifier import CrossEncoderVerifier, label_places
 from medistill_trl.completion_store import CompletionStore
 from medistill_trl.errors import UserError
 from medistill_trl.teacher import Completion, Sampling
+from medistill_trl.writer import Writer
 
 OPTIONS = Options(answer_tokens=24, batch_size=4)
 
@@ -139,7 +140,7 @@ ROWS = [
 
 
 @dataclass
-class Crafted:
+class Crafted(Writer):
     """Writes into the completion store what a subject would have answered."""
 
     identity: str

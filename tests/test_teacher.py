@@ -6,7 +6,7 @@ from conftest import make_model, make_tokenizer
 
 from medistill_trl.models import set_generation
 from medistill_trl.prompts import PromptFormat
-from medistill_trl.teacher import Completion, Sampling, Teacher, _cut, complete, completion_logits
+from medistill_trl.teacher import Completion, Sampling, Teacher, complete, completion_logits, cut
 
 QUESTIONS = ["What causes gout?", "Why does a patient with long-standing asthma wheeze at night?"]
 
@@ -60,20 +60,20 @@ def test_training_mode_is_restored(pair):
     assert model.training
 
 
-def test_eos_and_what_follows_is_cut():
+def test_eos_and_what_follows_iscut():
     tokenizer = make_tokenizer()
     form = PromptFormat(tokenizer)
     ids = tokenizer("An answer.")["input_ids"]
-    completion = _cut([*ids, 2, 7, 7], {2}, form)
+    completion = cut([*ids, 2, 7, 7], {2}, form)
     assert completion == Completion("An answer.", ids, finished=True, end_id=2)
-    assert _cut(ids, {2}, form).finished is False
+    assert cut(ids, {2}, form).finished is False
 
 
 def test_a_plain_completion_ends_at_the_next_heading():
     tokenizer = make_tokenizer(chat=False)
     form = PromptFormat(tokenizer)
     ids = tokenizer("An answer.\n### Question:\nAnother?")["input_ids"]
-    completion = _cut(ids, {2}, form)
+    completion = cut(ids, {2}, form)
     assert completion.text == "An answer."
     assert completion.finished
     assert completion.end_id is None  # it never chose an end token, so none is scored

@@ -196,11 +196,11 @@ def _read_heldout(rows: list[dict]) -> dict[str, Column]:
         "heldout.ce_nats": _column(own, _completion, _get("ce_nats"), _get("tokens")),
         "heldout.bits_per_byte": _column(own, _completion, _bits("ce_nats"), _get("bytes")),
     }
-    if own and own[0]["kl_nats"] is not None:  # else the tokenizers differ
-        found |= {
-            "heldout.kl_nats": _column(own, _completion, _get("kl_nats"), _get("tokens")),
-            "heldout.top1": _column(own, _completion, _get("agreed"), _get("tokens")),
-        }
+    # Not defined: either where the tokenizers differ, KL where the teacher is served.
+    if own and own[0]["kl_nats"] is not None:
+        found["heldout.kl_nats"] = _column(own, _completion, _get("kl_nats"), _get("tokens"))
+    if own and own[0]["agreed"] is not None:
+        found["heldout.top1"] = _column(own, _completion, _get("agreed"), _get("tokens"))
     return _known(found)
 
 

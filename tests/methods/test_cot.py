@@ -88,12 +88,12 @@ def test_the_score_is_the_teachers_mean_log_probability_under_the_prompt_it_answ
 def test_likelihoods_do_not_depend_on_the_batch(tmp_path):
     setting = make_setting(tmp_path)
     examples = list(build(setting).train_dataset)
-    model = setting.teacher.model
-    together = mean_log_likelihoods(model, examples)
-    assert together == pytest.approx(
-        [mean_log_likelihoods(model, [e])[0] for e in examples], abs=1e-5
-    )
-    assert mean_log_likelihoods(model, [{"input_ids": [5, 6], "labels": [IGNORED] * 2}]) == [0.0]
+
+    def score(*parts):
+        return mean_log_likelihoods(setting.teacher.completion_log_probs(parts))
+
+    assert score(*examples) == pytest.approx([score(e)[0] for e in examples], abs=1e-5)
+    assert score({"input_ids": [5, 6], "labels": [IGNORED] * 2}) == [0.0]
 
 
 def test_prompts_without_a_rationale_fall_back_to_the_plain_completion(tmp_path):

@@ -8,13 +8,11 @@ from itertools import takewhile
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig
 
 from medistill_trl.completion_store import DEFAULT_BATCH_SIZE
 from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
-from medistill_trl.losses.heads import OutputHead
 from medistill_trl.prompts import IGNORED, PromptFormat, encode_example
 from medistill_trl.rationale_selection import (
     drop_duplicates,
@@ -26,7 +24,7 @@ from medistill_trl.rationale_selection import (
 )
 from medistill_trl.rationales import Rationale, RationaleFormat, judge
 from medistill_trl.setting import Setting
-from medistill_trl.teacher import Completion, mean_log_likelihoods
+from medistill_trl.teacher import Completion, context_length, mean_log_likelihoods
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ def _check_texts(setting: Setting, form: RationaleFormat) -> None:
                 raise UserError(
                     f"{name} {text!r} holds the special token {special!r}, which decoding drops; choose plain text"
                 )
-    limit = _context(teacher.model.config)
+    limit = teacher.context_length
     longest = max(
         len(teacher.form.encode(teacher.form.render(form.ask(prompt.question))))
         for prompt in setting.train_prompts
@@ -143,15 +141,10 @@ def _token_counter(form: PromptFormat) -> Callable[[str], int]:
 
 def _room(setting: Setting, form: RationaleFormat, prompt: Prompt) -> int | None:
     """Student tokens left after the prompt; None if nothing limits them."""
-    limits = [setting.arguments.training.max_length, _context(setting.student.config)]
+    limits = [setting.arguments.training.max_length, context_length(setting.student.config)]
     limits = [limit for limit in limits if limit is not None]
     asked = setting.form.render(_student_question(setting, form, prompt))
     return min(limits) - len(setting.form.encode(asked)) if limits else None
-
-
-def _context(config: PretrainedConfig) -> int | None:
-    """Tokens a model attends to; None for architectures without position embeddings."""
-    return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
 # --- scores ----------------------------------------------------------------------------------------
@@ -198,12 +191,12 @@ def _known_scores(setting: Setting) -> dict[tuple[str, int], float]:
 
 def _likelihoods(setting: Setting, examples: list[dict]) -> list[float]:
     """The teacher's scores of all examples, shared out among the processes."""
-    state, model = PartialState(), setting.teacher.model
+    state, teacher = PartialState(), setting.teacher
     # Longest first, as completions are drawn; a batch of like lengths has little padding.
     order = sorted(range(len(examples)), key=lambda n: -len(examples[n]["input_ids"]))
     share = order[state.process_index :: state.num_processes]
     if share:
-        OutputHead.of(model).check(model)
+        teacher.check_log_probs()
     size = setting.arguments.teacher.teacher_batch_size or DEFAULT_BATCH_SIZE
     scores: list[tuple[int, float]] = []
     bar = tqdm(
@@ -212,7 +205,8 @@ def _likelihoods(setting: Setting, examples: list[dict]) -> list[float]:
     with bar:
         for start in range(0, len(share), size):
             part = share[start : start + size]
-            found = mean_log_likelihoods(model, [examples[n] for n in part])
+            log_probs = teacher.completion_log_probs([examples[n] for n in part])
+            found = mean_log_likelihoods(log_probs)
             scores += [
                 (n, round(score, SCORE_DIGITS)) for n, score in zip(part, found, strict=True)
             ]

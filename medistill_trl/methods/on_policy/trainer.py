@@ -64,8 +64,8 @@ class OnPolicyTrainer(GRPOTrainer):
         self._means = TokenMeans()
         self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         self._evaluated = 0
-        for model in (self._student, reward.teacher.model):
-            OutputHead.of(model).check(model)
+        OutputHead.of(self._student).check(self._student)
+        reward.teacher.check_log_probs()
 
     @property
     def _student(self):

@@ -85,8 +85,8 @@ class PPODistillTrainer(PPOTrainer):
         self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
         self._logged = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._evaluated = 0
-        for either in (self._student, reward.teacher.model):
-            OutputHead.of(either).check(either)
+        OutputHead.of(self._student).check(self._student)
+        reward.teacher.check_log_probs()
 
     @property
     def _student(self):

@@ -1,0 +1,286 @@
+"""A teacher that a server has: its completions, and its log-probabilities on given tokens.
+
+The prompt is sent as token ids of the teacher's own tokenizer, so chat template and BOS are those of training with
+a local teacher. What the server's checkpoint ships of sampling defaults is overruled, and its answer is cut as a
+local one is.
+
+A server cannot prove which weights it has. That its tokens are those of `teacher_model` is checked on every answer.
+
+Shapes: C completion tokens, K of the likeliest tokens.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medistill_trl.errors import UserError
+from medistill_trl.losses.chunked import CHUNK_SIZE
+from medistill_trl.model_source import ModelSource
+from medistill_trl.prompts import IGNORED, PromptFormat
+from medistill_trl.teacher import Completion, Sampling, Teacher, cut
+from medistill_trl.teacher_server import Asking, TeacherServer
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SEED = 2**63 - 1
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+SMALLEST_TAIL = 1e-9  # of a float32 sum nothing finer is known
+
+
+@dataclass(frozen=True)
+class TopLogProbs:
+    """The likeliest tokens at each place of a completion, at temperature 1.
+
+    Args:
+        ids: (C, K), int64, likeliest first.
+        log_probs: (C, K), float32, nats.
+        tail_log_mass: (C,), float32: log of what all other tokens have together, at least that of `SMALLEST_TAIL`.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    tail_log_mass: torch.Tensor
+
+
+class ServedTeacher(Teacher):
+    """A teacher behind a server; it has no `model`.
+
+    Args:
+        server: Serves it.
+        source: Of its config; no weights are loaded.
+        tokenizer: Its own tokenizer.
+        form: Its prompt format.
+        end_ids: Tokens that end a completion.
+        device: Where log-probabilities are put.
+    """
+
+    def __init__(
+        self,
+        server: TeacherServer,
+        source: ModelSource,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptFormat,
+        end_ids: Sequence[int],
+        device: torch.device,
+    ):
+        super().__init__(None, tokenizer, form, served_identity(server, source))
+        self.server = server
+        self.source = source
+        self.end_ids = set(end_ids)
+        self.device = device
+        self._warned: set[str] = set()
+
+    @property
+    def context_length(self) -> int | None:
+        return self.source.context_length
+
+    # --- completions -----------------------------------------------------------------------------
+
+    def complete(
+        self, prompts: Sequence[str], sampling: Sampling, seed: int = 0
+    ) -> list[Completion]:
+        """Answer rendered prompts; the seed of each counts on from the first's."""
+        seeds = range(seed, seed + len(prompts))
+        found = dict(
+            entry for part in self.draw(prompts, seeds, sampling, len(prompts)) for entry in part
+        )
+        return [found[place] for place in range(len(prompts))]
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch_size: int
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """Completions as they arrive, each prompt with its own seed; `batch_size` means nothing to a server."""
+
+        async def ask(asking: Asking, question: tuple[str, int]) -> Completion:
+            return self._read(await asking.completion(self._body(*question, sampling)))
+
+        for part in self.server.each(ask, list(zip(prompts, seeds, strict=True))):
+            self.generated_tokens += sum(completion.num_tokens for _, completion in part)
+            yield part
+
+    def _body(self, prompt: str, seed: int, sampling: Sampling) -> dict:
+        body = {
+            "prompt": self.form.encode(prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            # Defaults that a checkpoint may ship.
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": sorted(self.end_ids),
+            "return_token_ids": True,
+        }
+        if self.form.stop_strings:
+            body["stop"] = self.form.stop_strings
+        if sampling.temperature > 0:
+            body["seed"] = seed & LARGEST_SEED
+        return body
+
+    def _read(self, choice: dict) -> Completion:
+        """A choice of `/v1/completions` as a completion."""
+        match choice:
+            case {"text": str() as text, "finish_reason": ("stop" | "length") as reason}:
+                pass
+            case _:
+                raise UserError(
+                    f"teacher server {self.server.url}: an answer without text or finish_reason "
+                    f"({ {key: choice.get(key) for key in ('text', 'finish_reason')} })"
+                )
+        ids = choice.get("token_ids")
+        if ids is None:  # split anew, perhaps otherwise than it was written
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._check_tokens(ids, text)
+        completion = cut(ids, self.end_ids, self.form)
+        if reason == "length" or completion.finished:
+            return completion
+        # It ended at a token, or a text, that it does not return.
+        stop = choice.get("stop_reason")
+        if isinstance(stop, str) or (
+            stop is None and self.form.stop_strings and "token_ids" not in choice
+        ):
+            return replace(completion, finished=True)
+        end_id = self.tokenizer.eos_token_id if stop is None else stop
+        return replace(completion, finished=True, end_id=end_id)
+
+    def _check_tokens(self, ids: list[int], text: str) -> None:
+        """Refuse what another model must have written."""
+        rows = self.source.num_embeddings
+        if not all(type(id) is int and 0 <= id < rows for id in ids):
+            raise UserError(
+                f"teacher server {self.server.url}: {self.server.model!r} writes tokens that {self.source.name} does not "
+                "have; teacher_model must be the model it serves"
+            )
+        own = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if HALF_CHARACTER in own + text:  # which decoders show in different ways
+            return
+        if not _plain(own).startswith(_plain(text)):
+            raise UserError(
+                f"teacher server {self.server.url}: what {self.server.model!r} wrote as {text[:60]!r} reads "
+                f"{own[:60]!r} in the tokens of {self.source.name}; teacher_model must be the model it serves"
+            )
+
+    # --- log-probabilities -----------------------------------------------------------------------
+
+    def completion_log_probs(
+        self,
+        examples: Sequence[dict[str, list[int]]],
+        vocab_size: int | None = None,
+        batch_size: int | None = None,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> list[torch.Tensor]:
+        """log p_T of every completion token, over the teacher's whole vocabulary.
+
+        Args:
+            examples: `input_ids` and `labels` as `encode_example` gives them.
+            vocab_size: Where it is smaller than the teacher's, a warning says that the rest is not taken out.
+            batch_size, chunk_size: Mean nothing to a server.
+
+        Returns:
+            (C,) each, float32, nats.
+
+        Raises:
+            UserError: the server gives no log-probabilities of prompts.
+        """
+        if vocab_size is not None and vocab_size < len(self.tokenizer):
+            self._warn_once(
+                f"warning: the served teacher's log-probabilities are over its {len(self.tokenizer)} tokens; the "
+                f"{len(self.tokenizer) - vocab_size} that the student lacks are not taken out, as they are of a local "
+                "teacher"
+            )
+
+        async def ask(asking: Asking, example: dict) -> torch.Tensor:
+            ids, labels = example["input_ids"], example["labels"]
+            targets = [place for place in range(1, len(ids)) if labels[place] != IGNORED]
+            if not targets:
+                return torch.zeros(0, device=self.device)
+            entries = await self._prompt_log_probs(asking, ids, 1)
+            found = [entries[place][ids[place]] for place in targets]
+            return torch.tensor(found, dtype=torch.float32, device=self.device)
+
+        return self._in_order(ask, examples)
+
+    def check_log_probs(self) -> None:
+        """Nothing to prove: they are the server's."""
+
+    def top_log_probs(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], k: int
+    ) -> list[TopLogProbs]:
+        """The K likeliest tokens at every token of completions, and the mass of all others.
+
+        The server takes one token more than prompt and completion together have, and must have been started to give
+        as many log-probabilities (vLLM: --max-logprobs).
+
+        Args:
+            prompt_ids: Of each prompt, not empty.
+            completion_ids: Of the completion behind it.
+            k: At most the size of the vocabulary.
+        """
+
+        async def ask(asking: Asking, pair: tuple[list[int], list[int]]) -> TopLogProbs:
+            prompt, completion = pair
+            entries = await self._prompt_log_probs(asking, prompt + completion, k)
+            return _top(entries[len(prompt) :], k)
+
+        return self._in_order(ask, list(zip(prompt_ids, completion_ids, strict=True)))
+
+    async def _prompt_log_probs(
+        self, asking: Asking, ids: list[int], k: int
+    ) -> list[dict[int, float]]:
+        """At each place of a text the log-probabilities of its K likeliest tokens and of the one that stands there;
+        nothing at the first."""
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        choice = await asking.completion(body)
+        entries = choice.get("prompt_logprobs")
+        if not entries or len(entries) != len(ids):
+            raise UserError(
+                f"teacher server {self.server.url} gives no prompt_logprobs, which this method needs of the teacher; "
+                "vLLM does, or take teacher_backend: local"
+            )
+        found = [
+            {int(id): float(entry["logprob"]) for id, entry in (place or {}).items()}
+            for place in entries
+        ]
+        if any(id not in place for id, place in zip(ids[1:], found[1:], strict=True)):
+            raise UserError(
+                f"teacher server {self.server.url}: prompt_logprobs without the prompt's own tokens; "
+                "its version is not known here"
+            )
+        return found
+
+    def _in_order(self, ask, items: Sequence) -> list:
+        found = dict(entry for part in self.server.each(ask, items) for entry in part)
+        return [found[place] for place in range(len(items))]
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
+
+
+def served_identity(server: TeacherServer, source: ModelSource) -> str:
+    """Names a served teacher as far as that is known: not its dtype, nor its quantisation."""
+    return f"{source.fingerprint} served as {server.model}"
+
+
+def _top(places: list[dict[int, float]], k: int) -> TopLogProbs:
+    ids, log_probs, tails = [], [], []
+    for place in places:
+        likeliest = sorted(place.items(), key=lambda entry: -entry[1])[:k]
+        ids.append([id for id, _ in likeliest])
+        log_probs.append([value for _, value in likeliest])
+        tails.append(math.log(max(SMALLEST_TAIL, 1 - math.fsum(map(math.exp, log_probs[-1])))))
+    return TopLogProbs(
+        torch.tensor(ids, dtype=torch.int64).reshape(len(places), -1),
+        torch.tensor(log_probs, dtype=torch.float32).reshape(len(places), -1),
+        torch.tensor(tails, dtype=torch.float32),
+    )
+
+
+def _plain(text: str) -> str:
+    """Without blanks: decoders differ in them."""
+    return "".join(text.split())
