@@ -200,10 +200,10 @@ class HeldoutCheck:
         if self.shared is None:
             note = "teacher and student have different tokenizers: KL and top-1 are not defined"
             result |= {"kl_nats": None, "top1": None, "note": note}
-            if self.teacher.model is not None:
+            if self.teacher.gives_logits:
                 bits = total.teacher_ce / math.log(2)
                 result["teacher_bits_per_byte"] = bits / max(1, total.num_bytes)
-        elif self.teacher.model is None:
+        elif not self.teacher.gives_logits:
             result |= {"kl_nats": None, "note": SERVED}
         return result
 
@@ -211,7 +211,7 @@ class HeldoutCheck:
         """A record for each completion: `id`, `tokens`, `bytes`, and sums over its tokens, `kl_nats`, `ce_nats` and
         `agreed`; what different tokenizers leave undefined is None."""
         defined = self.shared is not None
-        has_kl = defined and self.teacher.model is not None
+        has_kl = defined and self.teacher.gives_logits
         return [
             {
                 "id": prompt.id,
@@ -237,12 +237,12 @@ class HeldoutCheck:
             logits = completion_logits(student, student_prompt_ids, ids).float()
             target = torch.tensor(ids, device=logits.device)
             ce = F.cross_entropy(logits, target, reduction="sum").item()
-            teacher_ce = 0.0 if self.teacher.model is None else self._own_ce(index)
+            teacher_ce = self._own_ce(index) if self.teacher.gives_logits else 0.0
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes, teacher_ce=teacher_ce)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
         ids = comparable_ids(completion, self.shared)
         student_logits = completion_logits(student, student_prompt_ids, ids)[:, : self.shared]
-        if self.teacher.model is None:
+        if not self.teacher.gives_logits:
             return compare_tokens(student_logits, ids, num_bytes)
         teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
         teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)[

@@ -47,7 +47,7 @@ class TopLogProbs:
 
 
 class ServedTeacher(Teacher):
-    """A teacher behind a server; it has no `model`.
+    """A teacher behind a server; it has no `model`, and gives no logits.
 
     Args:
         server: Serves it.
@@ -57,6 +57,8 @@ class ServedTeacher(Teacher):
         end_ids: Tokens that end a completion.
         device: Where log-probabilities are put.
     """
+
+    gives_logits = False
 
     def __init__(
         self,
@@ -194,8 +196,7 @@ class ServedTeacher(Teacher):
             )
 
         async def ask(asking: Asking, example: dict) -> torch.Tensor:
-            ids, labels = example["input_ids"], example["labels"]
-            targets = [place for place in range(1, len(ids)) if labels[place] != IGNORED]
+            ids, targets = example["input_ids"], _targets(example)
             if not targets:
                 return torch.zeros(0, device=self.device)
             entries = await self._prompt_log_probs(asking, ids, 1)
@@ -207,26 +208,23 @@ class ServedTeacher(Teacher):
     def check_log_probs(self) -> None:
         """Nothing to prove: they are the server's."""
 
-    def top_log_probs(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], k: int
-    ) -> list[TopLogProbs]:
-        """The K likeliest tokens at every token of completions, and the mass of all others.
+    def top_log_probs(self, examples: Sequence[dict[str, list[int]]], k: int) -> list[TopLogProbs]:
+        """The K likeliest tokens at every completion token, and the mass of all others.
 
-        The server takes one token more than prompt and completion together have, and must have been started to give
-        as many log-probabilities (vLLM: --max-logprobs).
+        The server must have room for one token more than the longest example, and have been started to give as many
+        log-probabilities (vLLM: --max-logprobs).
 
         Args:
-            prompt_ids: Of each prompt, not empty.
-            completion_ids: Of the completion behind it.
+            examples: `input_ids` and `labels` as `encode_example` gives them.
             k: At most the size of the vocabulary.
         """
 
-        async def ask(asking: Asking, pair: tuple[list[int], list[int]]) -> TopLogProbs:
-            prompt, completion = pair
-            entries = await self._prompt_log_probs(asking, prompt + completion, k)
-            return _top(entries[len(prompt) :], k)
+        async def ask(asking: Asking, example: dict) -> TopLogProbs:
+            targets = _targets(example)
+            entries = await self._prompt_log_probs(asking, example["input_ids"], k)
+            return _top([entries[place] for place in targets], k)
 
-        return self._in_order(ask, list(zip(prompt_ids, completion_ids, strict=True)))
+        return self._in_order(ask, examples)
 
     async def _prompt_log_probs(
         self, asking: Asking, ids: list[int], k: int
@@ -265,6 +263,12 @@ class ServedTeacher(Teacher):
 def served_identity(server: TeacherServer, source: ModelSource) -> str:
     """Names a served teacher as far as that is known: not its dtype, nor its quantisation."""
     return f"{source.fingerprint} served as {server.model}"
+
+
+def _targets(example: dict[str, list[int]]) -> list[int]:
+    """Places of the tokens that are predicted: the first of a text never is."""
+    labels = example["labels"]
+    return [place for place in range(1, len(labels)) if labels[place] != IGNORED]
 
 
 def _top(places: list[dict[int, float]], k: int) -> TopLogProbs:

@@ -117,7 +117,8 @@ class LastBoundary(TrainerCallback):
         state = trainer.state
         folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
         saved = folder.exists() and problem(folder) is None
-        if self._random is None or saved or PartialState().num_processes > 1:
+        begun = self._random is not None and state.global_step > 0  # evaluated it may be before
+        if not begun or saved or PartialState().num_processes > 1:
             return
         _set_random_state(self._random)
         trainer._save_checkpoint(trainer.model, trial=None)

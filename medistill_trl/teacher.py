@@ -195,6 +195,8 @@ class Teacher(Writer):
         identity: Names the exact weights, dtype and quantisation; part of every stored completion's key.
     """
 
+    gives_logits = True  # of given tokens, over the whole vocabulary
+
     def __init__(
         self,
         model: PreTrainedModel | None,

@@ -164,7 +164,7 @@ class Asking:
             if now - since >= server.wait:
                 raise ServerLost(
                     f"teacher server {server.url}: {reason}; it was tried for {now - since:.0f} seconds "
-                    f"(teacher_wait: {server.wait:g}). See that it runs and answers; then go on with --resume, or, if the "
+                    f"(teacher_wait: {server.wait:g}). See that it runs and answers; then continue with --resume, or, if the "
                     "run had not begun, start it again"
                 )
             server.silent(reason)

@@ -6,6 +6,7 @@ It answers in threads, by the model's own `generate` and logits, as vLLM does wh
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class Server(ThreadingHTTPServer):
         key: That requests must bring.
 
     Attributes:
+        errors: Of its own, which no test provokes.
         faults: Taken one for each request, until none is left: a status, `drop`, `abort`, `text`, or seconds to wait.
         asked: Bodies of all requests that were answered.
         headers: Of all requests for a completion.
@@ -41,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.faults, self.asked, self.headers = [], [], []
         self.most = self.under_way = 0
         self.answers_left: int | None = None
+        self.errors: list[BaseException] = []
         self.counting = threading.Lock()
         self._open: set[socket.socket] = set()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -62,7 +65,9 @@ class Server(ThreadingHTTPServer):
             reset(connection)
 
     def handle_error(self, request, client_address):
-        pass
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            self.errors.append(error)
 
 
 def reset(connection: socket.socket) -> None:
@@ -146,6 +151,7 @@ def serving(*args, **kwargs):
         yield server
     finally:
         server.die()
+    assert server.errors == []
 
 
 def model_answers(model, tokenizer, limit: int = 512) -> Callable[[dict], tuple[int, dict]]:
@@ -167,14 +173,11 @@ def model_answers(model, tokenizer, limit: int = 512) -> Callable[[dict], tuple[
 
 
 def _generate(model, tokenizer, body: dict) -> dict:
-    sampled = body["temperature"] > 0
-    how = {
-        "temperature": body["temperature"],
-        "top_p": body["top_p"],
-        "top_k": max(0, body["top_k"]),
-    }
+    sampled, how = body["temperature"] > 0, {}
     if sampled:
         torch.manual_seed(body["seed"])
+        how = {name: body[name] for name in ("temperature", "top_p")}
+        how["top_k"] = max(0, body["top_k"])
     ids = model.generate(
         torch.tensor([body["prompt"]]),
         max_new_tokens=body["max_tokens"],
@@ -183,7 +186,7 @@ def _generate(model, tokenizer, body: dict) -> dict:
         tokenizer=tokenizer,
         eos_token_id=body.get("stop_token_ids"),
         use_cache=True,
-        **(how if sampled else {}),
+        **how,
     )[0, len(body["prompt"]) :].tolist()
     ended = ids[-1] in body.get("stop_token_ids", [])
     text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)

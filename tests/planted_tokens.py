@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
-HUB, TRACKER, GIT, CLOUD = (
+HUB, TRACKER, GIT, CLOUD, TEACHER = (
     "hf_" + "Pl4nted" * 5,
     "Tr4cker" * 6,
     "ghp_" + "G1tRemote" * 4,
     "Cl0ud" * 8,
+    "T3acher" * 6,
 )
-TOKENS = (HUB, TRACKER, GIT, CLOUD)
+TOKENS = (HUB, TRACKER, GIT, CLOUD, TEACHER)
 
 
 def environment() -> dict[str, str]:
@@ -19,6 +20,7 @@ def environment() -> dict[str, str]:
         "HUGGING_FACE_HUB_TOKEN": HUB,
         "WANDB_API_KEY": TRACKER,
         "AWS_SECRET_ACCESS_KEY": CLOUD,
+        "MEDISTILL_TEACHER_API_KEY": TEACHER,
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": "remote.origin.url",
         "GIT_CONFIG_VALUE_0": f"https://ann:{GIT}@git.invalid/medistill_trl.git",
