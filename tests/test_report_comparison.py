@@ -49,6 +49,13 @@ def test_a_study_that_was_not_compared_is_told_how(tmp_path, capsys):
     assert f"python -m eval.compare {tmp_path}" in capsys.readouterr().err
 
 
+def test_a_picture_that_is_gone_is_named(study, tmp_path, capsys):
+    write_comparison(tmp_path, {name: study / name for name in CHANCES})
+    (tmp_path / "benchmark_comparison.png").unlink()
+    assert main([str(tmp_path)]) == 2
+    assert "benchmark_comparison.png: is missing" in capsys.readouterr().err
+
+
 def test_the_lead_says_no_more_than_the_tests(study, page, tmp_path):
     assert "logit_kd comes first</h2>" in page
     assert "By KL logit_kd comes first of 2." in page

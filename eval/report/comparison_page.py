@@ -27,6 +27,7 @@ from eval.report.tables import (
     words,
 )
 from eval.report.verdict import Verdict
+from medistill_trl.errors import UserError
 from medistill_trl.run_directory import RECORD, RunDirectory
 from medistill_trl.sealed_json import read_record
 
@@ -60,7 +61,7 @@ def comparison_page(folder: Path, data: Path | None = None) -> str:
         verdict=verdict(content),
         sections=[section for section in sections if section is not None],
         pictures=[
-            {"title": title, "data": as_data(folder / name)}
+            {"title": title, "data": _picture(folder / name)}
             for name, title in PICTURES.items()
             if name in content["pictures"]
         ],
@@ -94,6 +95,14 @@ def _outdated(content: dict, folder: Path) -> list[str]:
     return [
         f"trained or evaluated again since this comparison, which does not show it: {', '.join(changed)}; compare again"
     ]
+
+
+def _picture(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: is missing, though {RESULT} names it; draw it again: python -m eval.compare"
+        )
+    return as_data(path)
 
 
 def first_runs(content: dict, folder: Path) -> dict[str, Path]:
