@@ -5,11 +5,14 @@ import pickle
 import re
 import shutil
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, launch, make_model, make_tokenizer, run_command, write_tiny_overlay
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from peft import LoraConfig, get_peft_model
 from planted_tokens import GIT, HUB, environment, holders
 from run_folders import write_run
@@ -314,3 +317,22 @@ def test_the_lock_holds_every_tested_version_with_the_digests_of_its_files():
     assert {name: version for name, version in pins if locked.get(name) != version} == {}
     assert len(locked) == len(re.findall(r"^[\w.-]+==", lock, re.M))
     assert "://" not in lock
+
+
+def test_the_lock_leaves_out_nothing_that_a_package_needs():
+    """It is installed without looking for what packages ask for: older versions of pip refuse a hashed file in which
+    a package is asked for once with extras and once without."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", text, re.M)}
+    assert "pip install --no-deps --require-hashes -r requirements.lock" in text.splitlines()[2]
+    installed = {canonicalize_name(found.name): found for found in distributions()}
+    looked_at = locked & installed.keys()
+    assert len(looked_at) > 100
+    missing = {
+        f"{name} needs {needed}"
+        for name in looked_at
+        for needed in map(Requirement, installed[name].requires or [])
+        if needed.marker is None or needed.marker.evaluate({"extra": ""})
+        if canonicalize_name(needed.name) not in locked
+    }
+    assert missing == set()
