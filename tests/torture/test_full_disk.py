@@ -45,12 +45,14 @@ def small(tmp_path):
 
 
 def sizes_at_every_file(run, store):
-    """Name of each file and the bytes on disk, in pages, when half of it had been written."""
+    """Name of each file and the bytes on disk, in pages, when half of it had been written; of a file
+    of one page, before it."""
     files = [path for path in run.rglob("*") if path.is_file()] + [store]
     found, total = [], 0
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
         pages = -(-path.stat().st_size // PAGE) * PAGE
-        found.append((str(path.relative_to(run.parent)), max(PAGE, total + pages // 2)))
+        middle = total + pages // 2 // PAGE * PAGE  # no file system has less than a page
+        found.append((str(path.relative_to(run.parent)), max(PAGE, middle)))
         total += pages
     return found
 
