@@ -16,14 +16,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import ROOT, write_tiny_overlay
 from processes import Command, Kills, preload
 from test_run_cot import SHORT, craft_for
 
 from medistill_trl import recipe
+from medistill_trl.checkpoints import newest_valid
 
 KILLS = int(os.environ.get("KILLS", "4"))
 SEED = int(os.environ.get("SEED", "0"))
@@ -32,6 +35,7 @@ STEPS = ["--save_steps", "2", "--heldout_prompts", "2", "--eval_strategy", "no"]
 HARD = {
     "sft": ["--teacher_temperature", "1.0", "--lora_dropout", "0.1"],
     "logit_kd": ["--lmbda", "0.5", "--lora_dropout", "0.1"],
+    "adakd": ["--temperature_rule", "difficulty"],
     "cot": [str(word) for word in SHORT],
     "on_policy": ["--num_iterations", "2"],
     "ppo": ["--num_ppo_epochs", "2", "--num_mini_batches", "2", "--value_learning_rate", "0.01"],
@@ -56,6 +60,12 @@ def digest(folder, *patterns):
     }
 
 
+# In a checkpoint: clocks, paths, digests of these, and names of modules in the order of a set.
+NOT_COMPARED = {
+    "manifest.json", "totals.json", "trainer_state.json", "training_args.bin", "adapter_config.json",
+}  # fmt: skip
+
+
 def outcome(run):
     """What two runs of the same recipe have in common, whatever interrupted them."""
     record = json.loads((run / "results/run.json").read_text())
@@ -65,7 +75,42 @@ def outcome(run):
         "heldout": record["heldout"],
         "steps": record["steps"],
         "trained": record["tokens"]["trained"],
+        "losses": [
+            (e["step"], e["loss"], e["grad_norm"]) for e in record["log_history"] if "loss" in e
+        ],
+        "state": last_state(run),
     }
+
+
+def last_state(run):
+    """All that a further step would start from: name → digest of each file of the last checkpoint."""
+    checkpoint, passed_over = newest_valid(run / "checkpoints")
+    assert passed_over == {}
+    found = {"checkpoint": checkpoint.name}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name not in NOT_COMPARED:
+            content = path.read_bytes()
+            if path.suffix in (".pt", ".pth"):  # equal values are pickled in more than one way
+                content = plain(torch.load(path, weights_only=False)).encode()
+            found[str(path.relative_to(checkpoint))] = hashlib.sha256(content).hexdigest()
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= found.keys()
+    return found
+
+
+def plain(value):
+    """A text that is the same for equal values alone, of what torch saves."""
+    match value:
+        case torch.Tensor():
+            array = value.contiguous().view(torch.uint8) if value.dim() else value
+            return f"{value.dtype}{list(value.shape)}{array.tolist()}"
+        case np.ndarray():
+            return f"{value.dtype}{value.tolist()}"
+        case dict():
+            return f"{{{', '.join(f'{key!r}: {plain(item)}' for key, item in value.items())}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(plain, value))}]"
+        case _:
+            return repr(value)
 
 
 def straight(command):
@@ -115,10 +160,17 @@ def test_a_run_killed_at_random_ends_as_the_same_run(
     def compare(killed, straight):
         assert outcome(tmp_path / killed) == outcome(tmp_path / straight)
 
+    begun = []  # of the resumed runs, the steps that they found done
+
     def resume(folder):
-        return ["--resume"] if (tmp_path / folder / "recipe.yaml").exists() else []
+        if not (tmp_path / folder / "recipe.yaml").exists():
+            return []
+        checkpoint = newest_valid(tmp_path / folder / "checkpoints")[0]
+        begun.append(checkpoint and int(checkpoint.name.split("-")[1]))
+        return ["--resume"]
 
     torture(method, recipe.methods().index(method), command, compare, resume)
+    print(f"{method}: resumed after steps {begun}")
 
 
 def test_a_data_build_killed_at_random_ends_as_the_same_build(commands, tmp_path):
