@@ -101,10 +101,11 @@ def recorded(directory: RunDirectory, arguments: "Arguments") -> Iterator[None]:
                 "another --run_name. --dry_run shows what takes how much"
             ) from error
         before = Changes.of(directory)
-        entry = {key: [now[key], value] for key, value in changed.items()}
-        directory.write(
-            FILE, {"values": before.values | changed, "history": [*before.history, entry]}
-        )
+        if not changed.items() <= before.values.items():  # else another process was first
+            entry = {key: [now[key], value] for key, value in changed.items()}
+            directory.write(
+                FILE, {"values": before.values | changed, "history": [*before.history, entry]}
+            )
         told = ", ".join(f"{key}: {now[key]} → {value}" for key, value in changed.items())
         raise StartAgain(
             f"out of memory ({first_line(error)}). From the last checkpoint on {told}; a step is taken on as many rows "

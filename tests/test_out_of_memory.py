@@ -9,10 +9,13 @@ import torch
 import yaml
 from conftest import ROOT, launch_words, run_command
 from safetensors.torch import load_file
+from tiny_setting import make_setting
 
-from medistill_trl.out_of_memory import OutOfMemoryWriting, smaller
+from medistill_trl.errors import StartAgain
+from medistill_trl.out_of_memory import Changes, OutOfMemoryWriting, recorded, smaller
 from medistill_trl.prompts import IGNORED
 from medistill_trl.rollouts import split_batch
+from medistill_trl.run_directory import RunDirectory
 
 SFT = "recipes/sft.yaml"
 ADAPTER = "final_model/adapter_model.safetensors"
@@ -58,6 +61,18 @@ def test_a_kept_window_is_split_with_the_numbers_of_its_tokens():
     assert first["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert [part["old_log_probs_N"].tolist() for part in (first, second)] == [[0, 1, 2], [3, 4]]
     assert torch.equal(split_batch(batch, 1)[0]["labels"], labels)
+
+
+def test_what_several_processes_say_one_after_the_other_is_one_change(tmp_path):
+    setting, directory = make_setting(tmp_path, "sft"), RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.recipe.write_text("")
+    for _ in range(2):
+        with pytest.raises(StartAgain), recorded(directory, setting.arguments):
+            raise torch.OutOfMemoryError
+    changes = Changes.of(directory)
+    assert changes.values == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert len(changes.history) == 1
 
 
 def record(run):
