@@ -39,6 +39,7 @@ def environment(name: str) -> dict[str, str]:
     launched, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     assert launched.num_processes == 2
     if launched.use_deepspeed:
+        launched.deepspeed_fields_from_accelerate_config = ""  # launch_command adds it
         return prepare_deepspeed_cmd_env(launched)[1]
     return prepare_multi_gpu_env(launched)
 
