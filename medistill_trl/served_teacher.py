@@ -77,6 +77,10 @@ class ServedTeacher(Teacher):
         self._warned: set[str] = set()
 
     @property
+    def writes_with_others(self) -> bool:
+        return False
+
+    @property
     def context_length(self) -> int | None:
         return self.source.context_length
 
