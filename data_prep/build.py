@@ -11,16 +11,13 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep import benchmarks, fidelitybench, inputs, medppl, parts, pool
-from data_prep.decontaminate import Guard
-from data_prep.inputs import Input
-from data_prep.ledger import Ledger
-from data_prep.output import Output
-from data_prep.report import markdown, report
 from data_prep.sources import NAMES, RESERVE
-from data_prep.workspace import Workspace
 from medistill_trl.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.inputs import Input
 
 SIZES = "a number, or a number of thousands such as 120k"
 
@@ -43,12 +40,20 @@ class Settings:
     on_bad_row: str = "fail"
 
 
-def build(settings: Settings, found: list[Input], out: Path, jobs: int) -> dict:
+def build(settings: Settings, found: "list[Input]", out: Path, jobs: int) -> dict:
     """Build everything into `out`; returns the report.
 
     Raises:
         UserError: for rows that cannot be used under `on_bad_row: fail`; nothing is written then.
     """
+    # Here, so that --help and a wrong command do not wait for them.
+    from data_prep import benchmarks, fidelitybench, medppl, parts, pool
+    from data_prep.decontaminate import Guard
+    from data_prep.ledger import Ledger
+    from data_prep.output import Output
+    from data_prep.report import markdown, report
+    from data_prep.workspace import Workspace
+
     digests = [digest for data in found for digest in data.digests()]
     work = Workspace(out / ".build", _key(settings, digests), jobs)
     if work.resumed:
@@ -76,6 +81,8 @@ def build(settings: Settings, found: list[Input], out: Path, jobs: int) -> dict:
 
 def _key(settings: Settings, digests: list[dict]) -> str:
     """Of everything the tables of the workspace depend on, this code among it."""
+    from data_prep import inputs
+
     kept = {k: v for k, v in asdict(settings).items() if k not in ("size", "on_bad_row")}
     here = Path(__file__).parent
     files = [*here.glob("*.*"), *(here / "sources").glob("*.*")]
@@ -156,7 +163,9 @@ def _count(text: str) -> int:
     return int(digits) * thousands
 
 
-def _find(options: argparse.Namespace, sources: tuple[str, ...]) -> list[Input]:
+def _find(options: argparse.Namespace, sources: tuple[str, ...]) -> "list[Input]":
+    from data_prep import inputs
+
     raw_dir = inputs.SAMPLE if options.sample else options.raw_dir
     found = [inputs.find(name, raw_dir) for name in sources]
     given = options.medppl_from or (raw_dir / "passages" if raw_dir else None)

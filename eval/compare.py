@@ -10,11 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.comparison import tables
-from eval.comparison.result import build
 from eval.comparison.runs import STUDY, find
-from eval.comparison.verdict import left_out
-from eval.report import write_report
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
@@ -85,7 +81,11 @@ def default_out(paths: list[Path]) -> Path:
 
 def compare(request: argparse.Namespace) -> tuple[dict, Path]:
     """Write the comparison; returns it and the path of the report."""
+    # Here, so that --help does not wait for the statistics.
+    from eval.comparison import tables
+    from eval.comparison.result import build
     from eval.plots import draw
+    from eval.report import write_report
 
     found = find(request.paths, request.allow_partial)
     content = build(found, request.baseline, request.quality, request.x, request.allow_partial)
@@ -117,6 +117,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"\nmedistill_trl: {error}\n", file=sys.stderr)
         return error.exit_code
+    from eval.comparison import tables
+    from eval.comparison.verdict import left_out
+
     print(" ".join(content["verdict"]))
     if content["primary"]:
         _show(tables.primary(content))

@@ -24,7 +24,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from eval import data_files
 from eval.options import ModelOptions, Options, add_flags, from_flags
-from eval.report import write_report
 from medistill_trl import console, disk
 from medistill_trl.console import CommandParser
 from medistill_trl.errors import UserError
@@ -243,6 +242,7 @@ def main(arguments: list[str]) -> int:
         console.set_up(main_process=True)
         logging.getLogger("eval").setLevel(logging.INFO)
         request = parse(arguments)
+        from eval.report import write_report
         from medistill_trl.model_source import cache_folder
 
         folders = (request.out, cache_folder())
