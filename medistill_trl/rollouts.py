@@ -186,6 +186,13 @@ def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
     return [{name: column[n] for name, column in columns.items()} for n in range(parts)]
 
 
+def token_log_ratios(
+    own: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """log p_S − log p of another model of each completion's tokens, (C,) each, on the student's device."""
+    return [mine - other.to(mine.device) for mine, other in zip(own, others, strict=True)]
+
+
 def summary(
     samples: Sequence[Sample],
     scores_B: torch.Tensor,
@@ -198,8 +205,8 @@ def summary(
     Args:
         scores_B: Their rewards.
         parts: What the rewards were made of, (n,) each.
-        log_ratios: By name, log p_S − log p of another model for each completion's tokens, (C,) each:
-            their mean estimates KL(S‖other) per token.
+        log_ratios: By name, log p_S − log p of another model for the tokens of the completions, or of some of them, (C,)
+            each: their mean estimates KL(S‖other) per token.
         tokens_in_spans: See `rewards.Rewards`.
     """
     mine = {
@@ -209,6 +216,7 @@ def summary(
         "empty": [float(not sample.token_ids) for sample in samples],
         **{f"part {name}": values.tolist() for name, values in parts.items()},
         **{name: [v.sum().item() for v in values] for name, values in log_ratios.items()},
+        **{f"tokens {name}": [len(v) for v in values] for name, values in log_ratios.items()},
         **({} if tokens_in_spans is None else {"in spans": tokens_in_spans}),
     }
     everyone = gather_object([mine])
@@ -219,7 +227,10 @@ def summary(
     reward, tokens = pooled["reward"], pooled["tokens"]
     total = tokens.sum().clamp_min(1)
     means = {f"reward_{name}": pooled[f"part {name}"] for name in parts}
-    kl = {f"{name}_nats": pooled[name].sum() / total for name in log_ratios}
+    kl = {
+        f"{name}_nats": pooled[name].sum() / pooled[f"tokens {name}"].sum().clamp_min(1)
+        for name in log_ratios
+    }
     logged = {
         "reward_mean": reward.mean(),
         "reward_std": reward.std(correction=0),

@@ -22,7 +22,7 @@ from medistill_trl.losses.best_of_n import (
 from medistill_trl.methods.bond.anchor import ADAPTER, Anchor, AnchorFollows
 from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
 from medistill_trl.rewards import Rewards
-from medistill_trl.rollouts import Sample, encode_sample
+from medistill_trl.rollouts import Sample, encode_sample, token_log_ratios
 from medistill_trl.teacher import window_seed
 
 
@@ -100,7 +100,7 @@ class BondTrainer(OnPolicyTrainer):
         start = monotonic()
         samples = self._write(rows, window_seed(self))
         self._count_written(samples, monotonic() - start)
-        _, rewards, log_ratios = self._score(samples, "train")
+        _, rewards, log_ratios = self._score(samples, "train", args.num_samples)
         scores_GN = self._by_prompt(self._comparable(samples, rewards))
         self._note("best_reward_mean", scores_GN.amax(1))
         if args.objective == "best_of_n_sft":
@@ -175,12 +175,16 @@ class BondTrainer(OnPolicyTrainer):
         if len(finite):
             self._metrics["train"][name].append(finite.mean().item())
 
-    def _others(self, examples: list, rewards: Rewards) -> dict[str, list[torch.Tensor]]:
-        others = super()._others(examples, rewards)
-        if self.anchor is not None:
-            with self.anchor.in_place():
-                others["anchor"] = self._log_probs(examples)
-        return others
+    @property
+    def _needs_own_log_probs(self) -> bool:
+        return self.anchor is not None
+
+    def _other_log_ratios(self, examples, own):
+        if self.anchor is None:
+            return {}
+        with self.anchor.in_place():
+            anchor = self._log_probs(examples)
+        return {"kl_to_anchor": token_log_ratios(own, anchor)}
 
     # --- the final model -------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from medistill_trl.rollouts import (
     encode_sample,
     split_batch,
     summary,
+    token_log_ratios,
     training_batch,
     write_samples,
 )
@@ -109,7 +110,7 @@ class OnPolicyTrainer(GRPOTrainer):
         start = monotonic()
         samples = self._write(rows, window_seed(self))
         self._count_written(samples, monotonic() - start)
-        examples, rewards, _ = self._score(samples, "train")
+        examples, rewards, _ = self._score(samples, "train", self.args.num_generations)
         credits_BT = self._advantages(rewards)
         masked = self.args.mask_truncated_completions
         learnt = [not (masked and sample.truncated) for sample in samples]
@@ -152,32 +153,47 @@ class OnPolicyTrainer(GRPOTrainer):
         return [sample.readable(self.reward.shared) for sample in samples]
 
     def _score(
-        self, samples: list[Sample], mode: str
+        self, samples: list[Sample], mode: str, side_by_side: int = 1
     ) -> tuple[list, Rewards, dict[str, list[torch.Tensor]]]:
-        """Tokens, rewards and log-ratios to other models by their names; puts what they are into the log."""
+        """Tokens, rewards and log-ratios to other models by their names; puts what they are into the log.
+
+        Args:
+            side_by_side: Samples of a prompt, one beside the other. Where the log alone asks for a forward, it is of
+                the first of them: its mean estimates the same.
+        """
         examples = [encode_sample(self.form, sample) for sample in samples]
-        own = self._log_probs(examples)
+        logged = slice(None, None, side_by_side)
+        read = slice(None) if self._needs_own_log_probs else logged
+        own = self._log_probs(examples[read])
         with self.accelerator.autocast():
             rewards = self.reward(samples, own)
-        log_ratios = {
-            f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
-            for name, log_probs in self._others(examples, rewards).items()
-        }
-        logged = summary(
+        log_ratios = {}
+        if rewards.teacher_log_probs is not None:
+            log_ratios["kl_to_teacher"] = token_log_ratios(own, rewards.teacher_log_probs[read])
+        if isinstance(self._student, PeftModel):
+            with self._student.disable_adapter():
+                start = self._log_probs(examples[logged])
+            of_logged = own if read == logged else own[logged]
+            log_ratios["kl_to_start"] = token_log_ratios(of_logged, start)
+        log_ratios |= self._other_log_ratios(examples, own)
+        means = summary(
             samples, rewards.scores_B, rewards.parts, log_ratios, rewards.tokens_in_spans
         )
-        self._coverage.check(logged)
-        for name, value in logged.items():
+        self._coverage.check(means)
+        for name, value in means.items():
             self._metrics[mode][name].append(value)
         return examples, rewards, log_ratios
 
-    def _others(self, examples: list, rewards: Rewards) -> dict[str, list[torch.Tensor]]:
-        """Log-probabilities of the samples' tokens under the models the student is compared with."""
-        others = {} if rewards.teacher_log_probs is None else {"teacher": rewards.teacher_log_probs}
-        if isinstance(self._student, PeftModel):
-            with self._student.disable_adapter():
-                others["start"] = self._log_probs(examples)
-        return others
+    @property
+    def _needs_own_log_probs(self) -> bool:
+        """Does what is learnt depend on the student's log-probabilities of all samples?"""
+        return self.args.reward == "token_kl"
+
+    def _other_log_ratios(
+        self, examples: list, own: list[torch.Tensor]
+    ) -> dict[str, list[torch.Tensor]]:
+        """To models of a subclass, by name; it sees to it that `own` is of all examples."""
+        return {}
 
     def _log_probs(self, examples: list) -> list[torch.Tensor]:
         with self.accelerator.autocast():

@@ -27,7 +27,14 @@ from medistill_trl.methods.ppo import value_head
 from medistill_trl.methods.ppo.rollout import Sampled, Scored, micro_batch, order, sampled
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward
-from medistill_trl.rollouts import PromptSampler, Sample, encode_sample, summary, write_samples
+from medistill_trl.rollouts import (
+    PromptSampler,
+    Sample,
+    encode_sample,
+    summary,
+    token_log_ratios,
+    write_samples,
+)
 from medistill_trl.teacher import Sampling, window_seed
 
 
@@ -197,8 +204,7 @@ class PPODistillTrainer(PPOTrainer):
             with self._student.disable_adapter():
                 others["start"] = self._read(examples)[0]
         log_ratios = {
-            f"kl_to_{name}": [s - o.to(s.device) for s, o in zip(own, log_probs, strict=True)]
-            for name, log_probs in others.items()
+            f"kl_to_{name}": token_log_ratios(own, log_probs) for name, log_probs in others.items()
         }
         logged = summary(
             samples, rewards.scores_B, rewards.parts, log_ratios, rewards.tokens_in_spans
