@@ -259,12 +259,17 @@ class SpinTrainer(DPOTrainer):
         return (losses_B * weights_B).sum() * scale
 
     def _log_probs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> PairValues:
+        ids_RT, mask_RT = inputs["input_ids"], inputs["completion_mask"]
+        # The output head costs as much as several layers: none of it for what all rows have before their completions.
+        first = int(mask_RT.argmax(1).min())
+        kept = ids_RT.shape[1] - max(0, first - 1)
         logits = model(
-            input_ids=inputs["input_ids"],
+            input_ids=ids_RT,
             attention_mask=inputs["attention_mask"],
+            logits_to_keep=kept,
             use_cache=False,
         ).logits
-        log_probs = sequence_log_probs(logits, inputs["input_ids"], inputs["completion_mask"])
+        log_probs = sequence_log_probs(logits, ids_RT[:, -kept:], mask_RT[:, -kept:])
         return PairValues(*log_probs.chunk(2))  # the first half of the rows is y⁺
 
     # --- schedule of the learning rate -----------------------------------------------------------
