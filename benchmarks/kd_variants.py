@@ -1,6 +1,6 @@
 """The five variants of a training step that `kd_step` compares.
 
-Shapes: B batch, T time, N completion tokens of the batch, C tokens of a chunk, H hidden size, V vocabulary.
+Shapes: N completion tokens of the batch, V vocabulary.
 """
 
 import os
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDTrainer
 
+from benchmarks.bare_models import learn, read
 from benchmarks.step_pair import LOSS_ALONE, load_pair, no_rows, random_rows
 from medistill_trl.checkpoints import Totals
 from medistill_trl.layers import base_model
-from medistill_trl.losses.chunked import CHUNK_SIZE
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer
 from medistill_trl.pair_writer import PairWriter
@@ -112,40 +112,16 @@ def ours(bench: Bench) -> None:
     loss.backward()
 
 
-def trunk_states(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both models' states that predict completion tokens, (N, H) each."""
-    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
-    student_BTH = bench.base.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    with torch.no_grad():
-        teacher_BTH = bench.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return tuple(
-        completion_states(states, bench.batch["labels"])[0] for states in (student_BTH, teacher_BTH)
-    )
-
-
 def trunks(bench: Bench) -> None:
-    student_NH, _ = trunk_states(bench)
-    student_NH.backward(torch.ones_like(student_NH))
+    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
+    read(bench.teacher, **inputs)
+    learn(bench.student, **inputs, labels=bench.batch["labels"], with_head=False)
 
 
 def floor(bench: Bench) -> None:
-    """The products in chunks as large as ours. What flows back is the logits: a product does not care."""
-    student_NH, teacher_NH = trunk_states(bench)
-    weight_VH = bench.base.get_output_embeddings().weight
-    gradient_NH = torch.empty_like(student_NH)
-    gradient_VH = torch.zeros_like(weight_VH) if weight_VH.requires_grad else None
-    with torch.no_grad():
-        for start in range(0, len(student_NH), CHUNK_SIZE):
-            rows = slice(start, start + CHUNK_SIZE)
-            logits_CV = student_NH[rows] @ weight_VH.T
-            _ = teacher_NH[rows] @ bench.teacher.get_output_embeddings().weight.T
-            gradient_NH[rows] = logits_CV @ weight_VH
-            if gradient_VH is not None:
-                gradient_VH.addmm_(logits_CV.T, student_NH[rows])
-    student_NH.backward(gradient_NH)
-    if gradient_VH is not None:  # there is one already if the embedding is tied
-        grad_VH = weight_VH.grad
-        weight_VH.grad = gradient_VH if grad_VH is None else grad_VH.add_(gradient_VH)
+    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
+    read(bench.teacher, **inputs, labels=bench.batch["labels"])
+    learn(bench.student, **inputs, labels=bench.batch["labels"])
 
 
 VARIANTS: dict[str, Callable[[Bench], None]] = {

@@ -137,10 +137,19 @@ def peak_during(step: Callable[[], object]) -> tuple[int, int]:
 
     `ru_maxrss` would not do: a child's starts at the size of the process that started it.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # the mark of the largest starts anew
-    before = _resident("VmRSS")
+    before = mark_peak()
     step()
-    return before, _resident("VmHWM")
+    return before, peak_since_mark()
+
+
+def mark_peak() -> int:
+    """Bytes resident now; the largest size is counted from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_since_mark() -> int:
+    return _resident("VmHWM")
 
 
 def _resident(mark: str) -> int:
