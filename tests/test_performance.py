@@ -87,7 +87,7 @@ def test_the_table_says_what_holds_and_what_does_not():
 def test_the_page_keeps_its_prose(tmp_path):
     prose = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     empty = document.page(tmp_path, prose)
-    assert empty.count(document.MISSING) == 6
+    assert empty.count(document.MISSING) == 7
     (tmp_path / "steps_sft.json").write_text(json.dumps(found_steps("sft", [2.0, 2], [1, 1])))
     (tmp_path / "data.json").write_text(
         json.dumps(
@@ -101,7 +101,7 @@ def test_the_page_keeps_its_prose(tmp_path):
     text = document.page(tmp_path, empty)
     assert "| 5,000 | 9,000 | 3 | 3,000 | 0.50 |" in text
     assert "| 50.0% | **does not hold** |" in text
-    assert text.count(document.MISSING) == 4
+    assert text.count(document.MISSING) == 5
     assert document.page(tmp_path, text) == text
     assert text.partition(document.BEGIN)[0] == prose.partition(document.BEGIN)[0]
     with pytest.raises(ValueError, match="needs the lines"):
@@ -143,8 +143,9 @@ def test_growth_generation_and_evaluation_make_tables():
 def test_startup_is_judged_by_the_clock():
     command = {"command": "python -m eval.run --help", "seconds": 0.4, "processor_seconds": 0.6}
     stage = {"stage": "first optimizer step", "seconds": 21.0, "processor_seconds": 19.0}
-    text = document.startup({"commands": [command], "first_step": [stage]})
+    text = document.startup([command])
     assert "| `python -m eval.run --help` | 0.40 | 0.60 | 0.5 | holds |" in text
+    text = document.first_step([stage])
     assert "| first optimizer step | 21.00 | 19.00 | 20 | **does not hold** |" in text
 
 

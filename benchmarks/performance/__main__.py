@@ -3,9 +3,9 @@
     python -m benchmarks.performance [PART ...] [--methods METHOD ...] [--repetitions N] [--again]
 
 Parts: steps (a training step of each method), generation (the teacher's), growth (with batch × length, examples,
-samples), data (the build), evaluation, startup; all by default. Each part is written to outputs/performance as JSON
-as soon as it is measured, and not measured again without --again. docs/performance.md is written from all that is
-there.
+samples), data (the build), evaluation, startup (imports and --help), first_step (the way of a run to it); all by default.
+Each part is written to outputs/performance as JSON as soon as it is measured, and not measured again without --again.
+docs/performance.md is written from all that is there.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from medistill_trl.errors import UserError
 from medistill_trl.files import write_text
 from medistill_trl.recipe import methods
 
-PARTS = ("steps", "generation", "growth", "data", "evaluation", "startup")
+PARTS = ("steps", "generation", "growth", "data", "evaluation", "startup", "first_step")
 ROOT = Path(__file__).resolve().parent.parent.parent  # recipes name their files from here
 
 
@@ -60,10 +60,8 @@ def measurements(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], 
         "growth": lambda: growth.measure(work, count),
         "data": lambda: commands.data(work),
         "evaluation": lambda: commands.evaluation(work),
-        "startup": lambda: {
-            "commands": startup.commands(count),
-            "first_step": startup.first_step(work),
-        },
+        "startup": lambda: startup.commands(count),
+        "first_step": lambda: startup.first_step(work),
     }
     for part in given.parts:
         if part == "steps":

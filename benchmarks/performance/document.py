@@ -14,6 +14,7 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 MOST_OVERHEAD = 0.10  # of a step
 MOST_SECONDS = {"import": 0.3, "--help": 0.5, "first optimizer step": 20}
 MISSING = "Not measured yet."
+LIMITED = ("s", "processor s", "at most", "")  # columns of what may take so long
 
 
 def page(folder: Path, document: str) -> str:
@@ -47,6 +48,7 @@ def tables(found: dict[str, dict]) -> str:
         ("Data build", _section(found, "data", data)),
         ("Evaluation", _section(found, "evaluation", evaluation)),
         ("Startup", _section(found, "startup", startup)),
+        ("The way to the first step", _section(found, "first_step", first_step)),
     ]
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
 
@@ -209,19 +211,19 @@ def evaluation(found: dict) -> str:
     return f"{said}\n\n{markdown(head, rows)}"
 
 
-def startup(found: dict) -> str:
-    """Commands, and the way to the first step."""
+def startup(found: list[dict]) -> str:
     rows = []
-    for one in found["commands"]:
+    for one in found:
         kind = "--help" if one["command"].endswith("--help") else "import"
         rows.append([f"`{one['command']}`", *_within(one, MOST_SECONDS[kind])])
-    way = []
-    for one in found["first_step"]:
-        limit = MOST_SECONDS.get(one["stage"])
-        way.append([one["stage"], *_within(one, limit)])
-    head = ["s", "processor s", "at most", ""]
+    return markdown(["command", *LIMITED], rows)
+
+
+def first_step(found: list[dict]) -> str:
+    """The way to it, in stages."""
+    rows = [[one["stage"], *_within(one, MOST_SECONDS.get(one["stage"]))] for one in found]
     said = "`recipes/sft.yaml` on the embedded pair, with models and completions cached, since the command was given:"
-    return "\n\n".join([markdown(["command", *head], rows), said, markdown(["stage", *head], way)])
+    return f"{said}\n\n{markdown(['stage', *LIMITED], rows)}"
 
 
 def _within(one: dict, limit: float | None) -> list[str]:
