@@ -28,7 +28,7 @@ SHORT = [
     0,
 ]  # an odd number: one process has less to measure
 # Unlike Adam it does not hide a loss that is off by a factor.
-PLAIN = ["--optim", "sgd", "--learning_rate", 1, "--max_grad_norm", 0, "--max_steps", 2]
+PLAIN = ["--optim", "sgd", "--max_grad_norm", 0, "--max_steps", 2]
 
 
 def record(run):
@@ -130,9 +130,9 @@ def test_a_run_killed_after_its_last_step_is_finished(straight, tmp_path):
 
 @pytest.mark.slow
 def test_nan_is_no_step(straight, tmp_path):
-    _, words = straight
-    flags = [*PLAIN, "--learning_rate", 1e30, "--max_steps", 4, "--output_dir", tmp_path / "nan"]
-    result = launch(*words, *flags, config="zero2.yaml", **CPU)
+    recipe_and_overlay = straight[1][:2]
+    flags = [*SHORT, *PLAIN, "--learning_rate", 1e30, "--output_dir", tmp_path / "nan"]
+    result = launch(*recipe_and_overlay, *flags, config="zero2.yaml", **CPU)
     assert result.returncode != 0
     assert "the loss is nan" in result.stderr
     assert (tmp_path / "nan/results/nonfinite_0.json").is_file()
@@ -169,9 +169,10 @@ ALL_SHARED = {
 }
 
 
-def train_all(folder, overlay, methods, config, extra=()):
+def train_all(folder, overlay, methods, config, extra=(), rate=1):
     """The methods' runs, in one launch: the folder that holds one for each."""
     flags = [*SHORT, *PLAIN, "--save_strategy", "no", "--eval_strategy", "no", *extra]
+    flags += ["--learning_rate", rate]
     runs = [
         [f"recipes/{method}.yaml", overlay, *flags, *FLAGS[method], "--output_dir", folder / method]
         for method in methods
@@ -216,11 +217,9 @@ def test_every_method_on_zero2(ddp, overlay, tmp_path):
 
 @pytest.mark.slow
 def test_all_weights_on_zero2_are_saved_without_what_serves_training_alone(overlay, tmp_path):
-    full = ["--use_lora", "false", "--learning_rate", 0.1]
-    methods = ["logit_kd", "fitnets", "ppo"]
-    extra = [*full, "--max_steps", 2]
-    one = train_all(tmp_path / "ddp", overlay, methods, "cpu_ddp.yaml", extra)
-    two = train_all(tmp_path / "zero2", overlay, methods, "zero2.yaml", extra)
+    methods, full = ["logit_kd", "fitnets", "ppo"], ["--use_lora", "false"]
+    one = train_all(tmp_path / "ddp", overlay, methods, "cpu_ddp.yaml", full, rate=0.1)
+    two = train_all(tmp_path / "zero2", overlay, methods, "zero2.yaml", full, rate=0.1)
     for method in methods:
         assert_same_steps(two / method, one / method)
         names = [
