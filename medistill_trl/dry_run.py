@@ -2,19 +2,20 @@
 
 from accelerate import PartialState
 
-from medistill_trl import memory_plan
 from medistill_trl.inputs import Loaded
-from medistill_trl.memory_plan import Part
+from medistill_trl.memory.plan import MemoryPlan, Planner
+from medistill_trl.memory.tables import to_text
 from medistill_trl.methods import Method
 from medistill_trl.prompts import encode_example
 from medistill_trl.recipe import Recipe
 from medistill_trl.setting import Arguments
 
 
-def memory_parts(method: Method, arguments: Arguments, loaded: Loaded) -> list[Part]:
+def memory_plan(method: Method, arguments: Arguments, loaded: Loaded) -> MemoryPlan:
     """What a run holds on one device."""
-    loss_memory = method.loss_memory or memory_plan.cross_entropy_memory
-    return memory_plan.plan(arguments, loaded.student, loaded.teacher, loss_memory)
+    configs = loaded.student.config, loaded.teacher.config
+    device_type = arguments.training.device.type
+    return Planner(arguments, *configs, method.memory, device_type).plan()
 
 
 def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loaded) -> None:
@@ -27,9 +28,9 @@ def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loa
     example = encode_example(form, prompt.question, target, True, None)
     trained = [token for token in example["labels"] if token >= 0]
     rendered = form.tokenizer.decode(example["input_ids"][: -len(trained)])
-    parts = memory_parts(method, arguments, loaded)
+    plan = memory_plan(method, arguments, loaded)
     print(f"# resolved recipe\n{recipe.to_yaml()}")
-    print(f"# memory plan, per device\n{memory_plan.to_text(parts)}\n")
+    print(f"# memory plan, per device\n{to_text(plan)}\n")
     if loaded.server is not None:
         print(
             f"# teacher: {loaded.server.url} serves it as {loaded.server.model}; none of its weights are loaded here\n"

@@ -93,15 +93,8 @@ def resolve(
     Raises:
         UserError: naming the model, what is wrong with it and what would work.
     """
-    location, is_local = name, False
-    if name.startswith("package:") or name.endswith(".gguf"):
-        location, is_local = str(_convert_gguf(_gguf_file(name))), True
-    elif _is_folder(name):
-        is_local = True
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name}: no such folder (looked below {Path.cwd()})")
-    else:
-        _prepare_hub()
+    location = _locate(name)
+    is_local = location != name or _is_folder(name)
     config = _load_config(name, location, revision, trust_remote_code, advice)
     if keep_layers is not None:
         location = str(_prune(name, location, revision, config, keep_layers))
@@ -109,6 +102,29 @@ def resolve(
         config = AutoConfig.from_pretrained(location)  # nosec B615
     fingerprint = folder_digest(Path(location)) if is_local else f"{name}@{config._commit_hash}"
     return ModelSource(name, location, revision, config, fingerprint)
+
+
+def find_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """A model's config without its weights: for a folder, its config.json is enough.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    location = _locate(name)
+    return _load_config(name, location, revision, trust_remote_code, OFFLINE_ADVICE)
+
+
+def _locate(name: str) -> str:
+    """Hub id or local folder. A GGUF file is converted into the cache first."""
+    if name.startswith("package:") or name.endswith(".gguf"):
+        return str(_convert_gguf(_gguf_file(name)))
+    if not _is_folder(name):
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"model {name}: no such folder (looked below {Path.cwd()})")
+        _prepare_hub()
+    return name
 
 
 def _is_folder(name: str) -> bool:

@@ -4,7 +4,7 @@ import logging
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -177,8 +177,15 @@ def load_student(
     model.config.use_cache = (
         False  # training never reuses keys; generation asks for the cache itself
     )
-    if not args.use_lora:
-        return model
+    return adapted(model, args) if args.use_lora else model
+
+
+def adapted(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
+    """The model with a LoRA adapter to train.
+
+    Raises:
+        UserError: no module has such a name.
+    """
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,

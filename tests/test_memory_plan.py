@@ -1,194 +1,338 @@
-"""The exactly counted parts of the plan equal the real models."""
+"""The plan of a recipe's memory beside real models, real caches and real training steps."""
+
+import re
+import sys
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import ROOT, run_command
+from real_meter import RealMeter
+from tiny_setting import make_form, make_setting
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from medistill_trl import memory_plan, model_source
+from medistill_trl import methods
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
-from medistill_trl.methods.attention import AttentionConfig
-from medistill_trl.methods.fitnets import FitNetsConfig
-from medistill_trl.methods.logit_kd import LogitKDConfig
-from medistill_trl.methods.sft import SFTDistillConfig
-from medistill_trl.methods.spin import SpinConfig
+from medistill_trl.data import Prompt
+from medistill_trl.memory.meter import Meter
+from medistill_trl.memory.plan import PHASES, Planner, teacher_resident, usable
+from medistill_trl.memory.step import Lengths
+from medistill_trl.model_source import find_config, resolve
 from medistill_trl.models import load_student, load_tokenizer
 from medistill_trl.setting import Arguments
 
+SHAPES = ROOT / "benchmarks/configs"
+TRAINING = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
 
-def parts_of(
-    folder, tmp_path, student=None, teacher=None, config_class=SFTDistillConfig, **training
-):
-    config = config_class(output_dir=str(tmp_path), bf16=False, use_cpu=True, **training)
-    arguments = Arguments(
-        RunArguments(method="sft"),
-        StudentArguments(student_model=str(folder), student_dtype="float32", **(student or {})),
-        TeacherArguments(teacher_model=str(folder), teacher_dtype="bfloat16", **(teacher or {})),
-        DataArguments(train_file="t", validation_file="v"),
-        config,
+
+def arguments(method="sft", student=(), teacher=(), prompt=48, **training) -> Arguments:
+    return Arguments(
+        RunArguments(method=method),
+        StudentArguments(**{"student_model": "s", "student_dtype": "float32", **dict(student)}),
+        TeacherArguments(
+            **{"teacher_model": "t", "teacher_dtype": "float32", "teacher_max_new_tokens": 16}
+            | dict(teacher)
+        ),
+        DataArguments(train_file="t", validation_file="v", max_prompt_tokens=prompt),
+        methods.load(method).config(output_dir="o", **{**TRAINING, **training}),
     )
-    source = model_source.resolve(str(folder))
-    return memory_plan.plan(arguments, source, source), arguments, source
 
 
-def gb(parts, start):
-    return next(part.gb for part in parts if part.name.startswith(start))
+def planner(given: Arguments, student, teacher, device_type="cpu", lengths=None) -> Planner:
+    memory = methods.load(given.run.method).memory
+    return Planner(given, student, teacher, memory, device_type, lengths)
 
 
-def test_weights_and_adapter_are_counted_exactly(teacher_folder, tmp_path):
-    parts, arguments, source = parts_of(teacher_folder, tmp_path, optim="adamw_torch")
-    student = load_student(source, load_tokenizer(source), arguments.student, torch.device("cpu"))
-    adapter = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    base = sum(p.numel() for p in student.parameters() if not p.requires_grad)
-    assert gb(parts, "student weights") == pytest.approx(base * 4 / 1e9)
-    assert gb(parts, "teacher weights") == pytest.approx(base * 2 / 1e9)
-    assert gb(parts, "LoRA adapter") == pytest.approx(adapter * 4 / 1e9)
-    assert gb(parts, "optimizer state") == pytest.approx(adapter * 8 / 1e9)
+def llama(layers, **changes) -> LlamaConfig:
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 600, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return LlamaConfig(num_hidden_layers=layers, **(sizes | changes))
 
 
-def test_the_kv_cache_is_that_of_a_generation(teacher_folder, tmp_path):
-    parts, arguments, _ = parts_of(
-        teacher_folder, tmp_path, teacher={"teacher_max_new_tokens": 8, "teacher_batch_size": 3}
+def phase(found, name):
+    return next(phase for phase in found.phases if phase.name == name)
+
+
+# --- what is held
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_weights_adapter_and_optimizer_are_counted_exactly(teacher_folder, lora):
+    given = arguments(
+        student={"use_lora": lora, "student_model": str(teacher_folder)}, optim="adamw_torch"
     )
-    length = arguments.data.max_prompt_tokens + 8
-    model = make_model(len(make_tokenizer())).bfloat16()
-    cache = model(torch.ones(3, length, dtype=torch.long), use_cache=True).past_key_values
-    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert gb(parts, "teacher KV cache") == pytest.approx(measured / 1e9)
-
-
-def test_quantisation_and_checkpointing_lower_the_plan(teacher_folder, tmp_path):
-    plain, *_ = parts_of(teacher_folder, tmp_path, gradient_checkpointing=False)
-    four, *_ = parts_of(teacher_folder, tmp_path, student={"student_load_in_4bit": True})
-    eight, *_ = parts_of(teacher_folder, tmp_path, student={"student_load_in_8bit": True})
-    weights = [gb(parts, "student weights") for parts in (four, eight, plain)]
-    assert weights == sorted(weights)
-    assert len(set(weights)) == 3
-    assert gb(four, "student activations") < gb(plain, "student activations")
-
-
-def test_distillation_holds_chunks_of_both_models_logits(teacher_folder, tmp_path):
-    given = {"config_class": LogitKDConfig, "student": {"use_lora": False}}
-    _, arguments, source = parts_of(teacher_folder, tmp_path, loss_chunk_size=64, **given)
-    parts = memory_plan.distillation_memory(arguments, source.config, source.config)
-    vocabulary = source.config.vocab_size
-    # A vocabulary this small is worked on in one block, so ten buffers beside the two models' logits.
-    assert gb(parts, "loss, 64") == pytest.approx(4 * 64 * vocabulary * (2 + 10) / 1e9)
-    assert gb(parts, "gradient of the output head") == pytest.approx(
-        4 * vocabulary * source.config.hidden_size / 1e9
-    )
-    _, arguments, _ = parts_of(teacher_folder, tmp_path, loss_chunk_size=128, **given)
-    twice = memory_plan.distillation_memory(arguments, source.config, source.config)
-    assert gb(twice, "loss, 128") == pytest.approx(2 * gb(parts, "loss, 64"))
-
-
-def test_preferences_hold_two_completions_a_pair_and_a_full_students_reference(
-    teacher_folder, tmp_path
-):
-    given = {"config_class": SpinConfig, "per_device_train_batch_size": 3}
-    plain, arguments, source = parts_of(teacher_folder, tmp_path, **given)
-    parts = memory_plan.preference_memory(arguments, source.config, source.config)
-    rejected = gb(parts, "activations of the rejected")
-    assert rejected == pytest.approx(gb(plain, "student activations"))
-    length = memory_plan.longest(arguments)
-    logits = 2 * 3 * length * source.config.vocab_size
-    assert gb(parts, "loss, 2 × 3") == pytest.approx(4 * 3 * logits / 1e9)
-    assert len(parts) == 2
-    full, arguments, _ = parts_of(teacher_folder, tmp_path, student={"use_lora": False}, **given)
-    parts = memory_plan.preference_memory(arguments, source.config, source.config)
-    assert gb(parts, "reference weights") == gb(full, "student weights")
-
-
-def test_hidden_states_are_held_of_the_mapped_layers_and_projections_in_full(
-    teacher_folder, tmp_path
-):
-    given = {
-        "config_class": FitNetsConfig,
-        "per_device_train_batch_size": 3,
-        "optim": "adamw_torch",
+    source = resolve(str(teacher_folder))
+    parts = {
+        name: size / 1e9 for name, size in planner(given, source.config, source.config).held.items()
     }
-
-    def planned(**training):
-        _, arguments, source = parts_of(teacher_folder, tmp_path, **given, **training)
-        return memory_plan.feature_memory(arguments, source.config, source.config), arguments
-
-    two, arguments = planned(num_layer_pairs=2)
-    # Weight, gradient and Adam's two values, in float32.
-    assert gb(two, "2 projections") == pytest.approx(2 * 4 * 4 * (64 + 1) * 64 / 1e9)
-    tokens = 3 * memory_plan.longest(arguments)
-    states = 2 * tokens * (2 * 64 + 4 * 4 * 64)
-    assert gb(two, "states of 2 layer pairs") == pytest.approx(states / 1e9)
-    one, _ = planned(layer_mapping={2: 3})
-    assert gb(one, "states of 1 layer pairs") == pytest.approx(states / 2 / 1e9)
-    bare, _ = planned(feature_loss="cka", alpha=1.0)
-    names = " ".join(part.name for part in bare)
-    assert "projections" not in names
-    assert "logits" not in names
-    assert "logits" in " ".join(part.name for part in two)
+    student = load_student(source, load_tokenizer(source), given.student, torch.device("cpu"))
+    trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    buffers = sum(b.nbytes for b in student.buffers())
+    frozen = sum(p.nbytes for p in student.parameters() if not p.requires_grad) + buffers
+    assert parts["optimizer (adamw_torch)"] == pytest.approx(2 * trained / 1e9)
+    if lora:
+        assert parts["LoRA adapter"] == pytest.approx(trained / 1e9)
+        assert parts["student weights"] == pytest.approx(frozen / 1e9)
+    else:
+        assert parts["student weights"] == pytest.approx((trained + buffers) / 1e9)
 
 
-def test_the_peak_is_the_larger_phase():
-    part = memory_plan.Part
-    parts = [part("w", 2, "always"), part("kv", 3, "generate"), part("act", 1, "train")]
-    assert memory_plan.peak(parts) == (5, "generate")
-    assert "5.00 GB  in phase generate" in memory_plan.to_text(parts)
+def test_embeddings_that_serve_as_the_head_count_once():
+    tied = llama(4, tie_word_embeddings=True)
+    found = planner(arguments(student={"use_lora": False}), tied, llama(4))
+    real = LlamaForCausalLM(tied)
+    size = sum(t.nbytes for t in (*real.parameters(), *real.buffers()))
+    assert found.held["student weights"] == pytest.approx(size)
 
 
-def test_a_student_that_writes_needs_a_cache_for_its_window(teacher_folder, tmp_path):
-    from medistill_trl.methods.on_policy import METHOD
+def test_quantised_weights_take_the_bits_that_bitsandbytes_keeps():
+    def weights(**student):
+        return planner(arguments(student=student), llama(6), llama(6)).held["student weights"]
 
-    _, arguments, source = parts_of(
-        teacher_folder, tmp_path, config_class=METHOD.config,
-        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    full = weights()
+    blocks = linears / 64
+    nf4 = full - 4 * linears + linears / 2
+    plain = {"student_load_in_4bit": True, "bnb_4bit_use_double_quant": False}
+    assert weights(**plain) == pytest.approx(nf4 + 4 * blocks)
+    # An 8-bit scale per block, and a float32 for each 256 of them, at least one a layer.
+    assert weights(student_load_in_4bit=True) == pytest.approx(nf4 + blocks + 4 * 6 * 7, rel=1e-3)
+    rows = 6 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+    assert weights(student_load_in_8bit=True) == pytest.approx(full - 3 * linears + 4 * rows)
+
+
+def test_the_kv_cache_is_that_of_a_generation():
+    new = {"teacher_max_new_tokens": 100, "teacher_batch_size": 3}
+    given = arguments(teacher=new, prompt=20)
+    parts = phase(planner(given, llama(2), llama(5)).plan(), "generate").parts
+    model = LlamaForCausalLM(llama(5))
+    cache = model(torch.ones(3, 120, dtype=torch.long), use_cache=True).past_key_values
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert parts["KV cache"] == pytest.approx(measured / 1e9)
+
+
+def test_what_methods_hold_besides_is_planned():
+    from medistill_trl.methods.bond import METHOD as BOND
+
+    def held(method, student=(), **training):
+        return planner(arguments(method, student, **training), llama(4), llama(6)).held
+
+    parts = held("spin")
+    assert parts["reference"] == parts["LoRA adapter"]
+    parts = held("spin", {"use_lora": False})
+    assert parts["reference"] == pytest.approx(parts["student weights"], rel=0.01)
+    assert "reference" not in held("spin", reference="none")
+    assert BOND.memory.copies(arguments("bond", num_samples=2)) == {}
+    anchored = arguments("bond", num_samples=2, objective="jeffreys")
+    assert list(BOND.memory.copies(anchored)) == ["anchor"]
+    projections = held("fitnets", num_layer_pairs=3)["projections"]
+    assert projections == pytest.approx(3 * 4 * 64 * 65)
+    assert "projections" not in held("fitnets", feature_loss="cka")
+    assert held("ppo")["value head"] == pytest.approx(4 * 65)
+
+
+# --- what comes and goes: real training steps
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("sft", {"gradient_checkpointing": True}),
+    ("logit_kd", {"lora": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    ("fitnets", {"lora": True}),
+    ("attention", {"lora": True}),
+    ("spin", {"lora": True, "num_iterations": 1, "max_new_tokens": 2, "beta": 0.1}),
+    pytest.param("sft", {"lora": True}, marks=SLOW),
+    pytest.param("logit_kd", {"lora": True}, marks=SLOW),
+    pytest.param("adakd", {}, marks=SLOW),
+    pytest.param("cot", {"lora": True}, marks=SLOW),
+    pytest.param("on_policy", {"lora": True}, marks=SLOW),
+    pytest.param("bond", {"num_samples": 4}, marks=SLOW),
+    pytest.param("ppo", {"lora": True, "num_ppo_epochs": 1}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v)
+)
+def test_a_plan_is_what_real_training_steps_take(method, changes, tmp_path):
+    """The trainer itself on real weights, every tensor counted."""
+    form = make_form()
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": len(form.tokenizer)}
+    teacher, student = (LlamaForCausalLM(llama(6, **sizes)) for _ in range(2))
+    question = " ".join(["What causes asthma and how is it treated?"] * 4)
+    prompts = [Prompt(f"p{n}", "s", question + " Why?" * (n % 3), "r", None) for n in range(8)]
+    setting = make_setting(
+        tmp_path, method, form=form, prompts=prompts, teacher_model=teacher, student=student,
+        teacher={"teacher_completions": "stored", "teacher_max_new_tokens": 24},
+        **{"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "optim": "adamw_torch"} | changes,
     )  # fmt: skip
-    parts = METHOD.loss_memory(arguments, source.config, source.config)
-    length = memory_plan.longest(arguments)
-    config = source.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * 8 * length * config.num_key_value_heads * head_dim * 4
-    assert gb(parts, "student KV cache, 8 ×") == pytest.approx(size / 1e9)
-    assert gb(parts, "teacher forward") > 0
+    trainer = methods.load(method).build(setting)
+    meter, seen, step = RealMeter(), [], trainer.training_step
+    meter.hold(setting.student, teacher)
+
+    def watched(model, inputs, *args):
+        seen.append(_lengths(inputs))
+        meter.begin("training")
+        loss = step(model, inputs, *args)
+        meter.begin("else")
+        return loss
+
+    trainer.training_step = watched
+    with meter:
+        trainer.train()
+    given = setting.arguments
+    given.student.lora_r, given.student.student_dtype = 4, "float32"
+    given.teacher.teacher_dtype = "float32"
+    lengths = max(seen, key=lambda lengths: lengths.total)
+    found = planner(given, student.config, teacher.config, lengths=lengths)
+    planned = found.train(4, given.training.gradient_checkpointing).gb * 1e9
+    assert planned == pytest.approx(meter.peaks["training"].total(), rel=0.02)
 
 
-def test_an_anchor_is_a_second_adapter_in_float32(teacher_folder, tmp_path):
-    from medistill_trl.methods.bond import METHOD
-
-    def parts_with(**training):
-        plain, arguments, source = parts_of(
-            teacher_folder, tmp_path, config_class=METHOD.config, num_samples=2, **training
-        )
-        return plain, METHOD.loss_memory(arguments, source.config, source.config)
-
-    plain, anchored = parts_with(objective="jeffreys")
-    assert gb(anchored, "anchor adapter") == pytest.approx(gb(plain, "LoRA adapter"))
-    _, without = parts_with(objective="best_of_n_sft")
-    assert len(without) == len(anchored) - 1
+def _lengths(inputs) -> Lengths:
+    if "labels" in inputs:
+        counted = (inputs["labels"] != -100).sum(1)
+    else:
+        counted = inputs["completion_mask"].sum(1)
+    total = inputs["input_ids"].shape[1]
+    return Lengths(total - int(counted.max()), int(counted.max()))
 
 
-def test_a_rollout_is_drawn_at_once(teacher_folder, tmp_path):
-    from medistill_trl.methods.ppo import METHOD
+# --- large models, from their shapes alone
 
-    _, arguments, source = parts_of(
-        teacher_folder, tmp_path, config_class=METHOD.config, num_mini_batches=3,
-        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+
+def report_plan(**training) -> Planner:
+    """Of the report's recipe: a 7B teacher and a 1.1B student in 4 bits, LoRA r=16, 4 × 1024 tokens."""
+    given = arguments(
+        "logit_kd",
+        {"student_load_in_4bit": True, "student_dtype": "bfloat16", "lora_dropout": 0.05},
+        {"teacher_load_in_4bit": True, "teacher_dtype": "bfloat16", "teacher_max_new_tokens": 256},
+        prompt=768, **{"bf16": True, "per_device_train_batch_size": 4, "max_length": 1024} | training,
     )  # fmt: skip
-    parts = METHOD.loss_memory(arguments, source.config, source.config)
-    window = memory_plan.policy_memory(arguments, source.config, source.config)
-    rollout = gb(parts, "student KV cache, 24 ×")
-    assert rollout == pytest.approx(3 * gb(window, "student KV cache, 8 ×"))
-    assert gb(parts, "value head") == pytest.approx(16 * (source.config.hidden_size + 1) / 1e9)
+    shapes = (find_config(str(SHAPES / name)) for name in ("tinyllama_1.1b", "meditron_7b"))
+    return planner(given, *shapes, "cuda")
 
 
-def test_attention_holds_a_chunk_of_scores_and_what_the_mapped_layers_attend_with(
-    teacher_folder, tmp_path
-):
-    given = {"config_class": AttentionConfig, "per_device_train_batch_size": 2}
-    _, arguments, source = parts_of(teacher_folder, tmp_path, attention_chunk_size=32, **given)
-    config, length = source.config, memory_plan.longest(arguments)
-    parts = memory_plan.attention_memory(arguments, config, config)
-    heads = config.num_attention_heads
-    scores = 4 * 6 * 2 * heads * 32 * length  # six float32 buffers
-    assert gb(parts, f"loss, 32 × {length} scores of {heads} heads") == pytest.approx(scores / 1e9)
-    width = (heads + 2 * config.num_key_value_heads) * config.hidden_size // heads
-    kept = 4 * 2 * 2 * length * 5 * width  # two pairs, two rows; three times the student's
-    assert gb(parts, "queries, keys and values of 2") == pytest.approx(kept / 1e9)
-    assert gb(parts, "teacher forward") > 0
+def test_the_reports_recipe_trains_in_less_than_twelve_gib():
+    found = report_plan()
+    with_it, without = (found.train(4, checkpointing) for checkpointing in (True, False))
+    assert with_it.gb < 12 * 2**30 / 1e9
+    assert 12 < without.gb < 20
+    # 6.5 billion weights at half a byte and a scale, and the embeddings in bfloat16.
+    assert with_it.parts["teacher weights"] == pytest.approx(3.87, abs=0.02)
+    # Of every layer the input, and one layer computed again.
+    assert with_it.parts["student activations"] > 22 * 4 * 1024 * 2048 * 2 / 1e9
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What `medistill plan` prints; only two files named config.json exist of the models."""
+    words = ["recipes/logit_kd.yaml", "--max_prompt_tokens", "768", "--vram", "32"]
+    for role, name in (("teacher", "meditron_7b"), ("student", "tinyllama_1.1b")):
+        words += [f"--{role}_model", SHAPES / name]
+    result = run_command(sys.executable, "-m", "medistill_trl.memory", *words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_command_shows_parts_phases_and_micro_batches(shown):
+    assert "4 examples of 768 + 256 tokens, with gradient checkpointing" in shown
+    rows = re.findall(r"^  (\S.*?)  +(\d+\.\d\d(?: +\d+\.\d\d)*)$", shown, re.M)
+    table = {name: [float(cell) for cell in cells.split()] for name, cells in rows}
+    one, four, eight = table["with gradient checkpointing"]
+    assert one < four == table["together"][2] < eight
+    assert four == pytest.approx(
+        report_plan(gradient_accumulation_steps=4).train(4, True).gb, abs=0.05
+    )
+    assert table["KV cache"] == [pytest.approx(16 * 1024 * 32 * 2 * 4096 * 2 / 1e9, abs=0.01)]
+    assert table["without gradient checkpointing"][1] > 2 * four
+
+
+@pytest.mark.slow
+def test_the_command_names_the_largest_micro_batches(shown):
+    most = [int(n) for n in re.findall(r"^  (\d+) with(?:out)? gradient", shown, re.M)]
+    assert len(most) == 2
+    assert most[0] > 4 * most[1] > 4
+
+
+def test_micro_batches_go_on_in_a_line():
+    given = arguments("logit_kd", per_device_train_batch_size=4)
+    found = planner(given, llama(3), llama(3), "cuda")
+    room = found.train(11, False).gb
+    assert found.largest_micro_batch(room * 1.001, False) == 11
+    assert found.largest_micro_batch(room * 0.999, False) == 10
+    assert found.largest_micro_batch(1e-6, False) == 0
+    eleven = arguments("logit_kd", per_device_train_batch_size=11)
+    assert planner(eleven, llama(3), llama(3), "cuda").train(11, False).gb == pytest.approx(
+        room, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_deep_student_is_planned_from_shallow_ones(checkpointing):
+    given = arguments("logit_kd", student={"use_lora": False})
+    shallow = planner(given, llama(9), llama(4))
+    deep = planner(given, llama(9), llama(4))
+    deep._depths = [9]  # the whole student at once
+    found = [one.train(8, checkpointing) for one in (shallow, deep)]
+    assert found[0].gb == pytest.approx(found[1].gb, rel=1e-3)
+    assert found[0].parts.keys() == found[1].parts.keys()
+
+
+def test_checkpointing_and_bits_lower_what_is_planned():
+    def train(checkpointing=False, **student):
+        given = arguments("logit_kd", student, per_device_train_batch_size=8)
+        return planner(given, llama(3), llama(3)).train(8, checkpointing).gb
+
+    assert train(checkpointing=True) < 0.6 * train()
+    assert train(student_load_in_4bit=True) < train(student_load_in_8bit=True)
+
+
+def test_a_device_keeps_room_for_what_is_not_planned():
+    assert usable(32) == pytest.approx(31 / 1.1)
+    assert all(teacher_resident(arguments(), name) for name in PHASES)
+
+
+# --- the meter
+
+
+def test_the_meter_counts_what_is_alive_and_forgets_the_rest():
+    with Meter() as meter:
+        with meter.label("kept"):
+            kept = torch.empty(1000)
+        meter.begin("now")
+        with meter.label("passing"):
+            twice = torch.empty(500) + 1
+            view = kept[:10].view(2, 5)
+        assert meter.peaks["now"] == {"kept": 4000, "passing": 4000}
+        meter.begin("later")
+        assert meter.peaks["later"] == {"kept": 4000, "passing": 2000}
+        del twice
+        meter.relabel(view, "renamed")
+        meter.begin("last")
+    assert meter.peaks["last"] == {"kept": 0, "passing": 0, "renamed": 4000}
+
+
+def test_the_meter_counts_what_backward_will_need():
+    with Meter() as meter, meter.label("floats"):
+        weight = torch.empty(100, 100, requires_grad=True)
+        x = torch.empty(50, 100)
+        y = (x @ weight).exp()
+        meter.begin("graph")
+        loss = y.sum()
+        del x, y
+        meter.begin("kept")
+        loss.backward()
+    assert meter.peaks["graph"]["floats"] == pytest.approx(40000 + 3 * 20000 - 20000, abs=100)
+    assert meter.peaks["kept"]["floats"] > 40000 + 20000 + 20000
+
+
+def test_masks_decide_shapes_as_in_training():
+    with Meter() as meter, meter.label("floats"):
+        states = torch.empty(2, 5, 8)
+        mask = torch.ones(2, 5, dtype=torch.long)
+        mask[0, 3:] = 0
+        chosen = states[mask.bool()]
+    assert chosen.shape == (8, 8)
+    assert mask.sum().item() == 8

@@ -111,8 +111,7 @@ def test_a_dry_run_plans_the_memory_of_an_explicit_mapping(tiny_overlay):
     words = ["--dry_run", "--layer_mapping", "{1: 2}"]
     result = run_command(sys.executable, "recipes/run.py", RECIPE, tiny_overlay, *words)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "queries, keys and values of 1 layer pairs" in result.stdout
-    assert "64 × 412 scores of 4 heads" in result.stdout
+    assert re.search(r"peak \d+\.\d\d GB, in phase (generate|score|train)", result.stdout)
 
 
 @pytest.mark.slow

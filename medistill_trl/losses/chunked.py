@@ -13,6 +13,8 @@ model has its own), V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -171,9 +173,22 @@ def _chunk(
         projection.backward(student_CV, hidden_gradient, gradients[1:])
 
 
+_assumed_device: ContextVar[str | None] = ContextVar("assumed_device", default=None)
+
+
+@contextmanager
+def blocks_as_on(device_type: str) -> Iterator[None]:
+    """Within it, blocks are as large as on another device; the memory plan asks."""
+    token = _assumed_device.set(device_type)
+    try:
+        yield
+    finally:
+        _assumed_device.reset(token)
+
+
 def block_elements(device_type: str) -> int:
     """Numbers of a block's buffer; a block holds some ten buffers at a time."""
-    if device_type == "cpu":
+    if (_assumed_device.get() or device_type) == "cpu":
         return CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
     return GPU_BLOCK_ELEMENTS
 

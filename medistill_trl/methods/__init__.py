@@ -6,7 +6,7 @@ trainer, and `METHOD`. Nothing is registered anywhere else: the file's name is t
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from medistill_trl.errors import UserError
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
     from medistill_trl.data import Prompt
     from medistill_trl.inputs import Loaded
-    from medistill_trl.memory_plan import LossMemory
+    from medistill_trl.memory.losses import CrossEntropy
     from medistill_trl.setting import Arguments, Setting
 
 
 def _plain_example(config: "SFTConfig", prompt: "Prompt") -> tuple[str, str]:
     return prompt.question, prompt.reference
+
+
+def _cross_entropy() -> "CrossEntropy":
+    from medistill_trl.memory.losses import CrossEntropy
+
+    return CrossEntropy()
 
 
 def _any_pair(arguments: "Arguments", loaded: "Loaded") -> None:
@@ -41,8 +47,8 @@ class Method:
             teacher's logits or hidden states for the student's tokens.
         build: From everything that is loaded to a trainer ready to train.
         paper: Where the objective comes from.
-        loss_memory: What the loss holds while training, for the memory plan; None for the
-            cross-entropy of TRL's SFTTrainer.
+        memory: What it does with a micro-batch, for the memory plan; by default the cross-entropy of TRL's
+            SFTTrainer.
         example: From the method's config and a prompt to what the teacher is asked, and what the student
             would learn if the teacher wrote the reference; for the dry run.
         learns: What the student trains on, in a few words for the dry run.
@@ -62,7 +68,7 @@ class Method:
     teacher_access: Literal["black_box", "white_box"]
     build: "Callable[[Setting], Trainer]"
     paper: str
-    loss_memory: "LossMemory | None" = None
+    memory: "CrossEntropy" = field(default_factory=_cross_entropy)
     example: "Callable[[SFTConfig, Prompt], tuple[str, str]]" = _plain_example
     learns: str = "what the teacher writes; here the reference stands in for it"
     loss_falls: bool = True

@@ -24,7 +24,7 @@ from medistill_trl.files import write_text
 from medistill_trl.losses.comparisons import Comparison
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import InverseConfidence, TemperatureRule
-from medistill_trl.memory_plan import distillation_memory
+from medistill_trl.memory.losses import Distillation
 from medistill_trl.methods import Method
 from medistill_trl.methods.logit_kd import LogitKDConfig, LogitKDTrainer, build_with, check
 from medistill_trl.setting import Setting
@@ -243,7 +243,7 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 2510.11615",
-    loss_memory=distillation_memory,
+    memory=Distillation(),
     across_tokenizers=True,
     check=check,
     shards_teacher=True,

@@ -34,7 +34,7 @@ from medistill_trl.losses.span_kl import Reading, SpanBatch
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
-from medistill_trl.memory_plan import distillation_memory
+from medistill_trl.memory.losses import Distillation
 from medistill_trl.methods import Method
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.prompts import IGNORED
@@ -295,7 +295,7 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 1503.02531",
-    loss_memory=distillation_memory,
+    memory=Distillation(),
     across_tokenizers=True,
     check=check,
     shards_teacher=True,

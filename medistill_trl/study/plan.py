@@ -49,8 +49,8 @@ def measure(runs: list[Run], launcher: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _answer(asked: dict) -> Iterator[dict[str, Any]]:
-    from medistill_trl import launch, memory_plan, methods, recipe
-    from medistill_trl.dry_run import memory_parts
+    from medistill_trl import launch, methods, recipe
+    from medistill_trl.dry_run import memory_plan
     from medistill_trl.pipeline import build_arguments, check_inputs
     from medistill_trl.run_directory import RunDirectory
 
@@ -65,8 +65,8 @@ def _answer(asked: dict) -> Iterator[dict[str, Any]]:
         except UserError as error:
             yield {"run": name, "problem": str(error)}
             continue
-        peak, phase = memory_plan.peak(memory_parts(method, arguments, loaded))
-        yield {"run": name, "peak_gb": round(peak, 2), "phase": phase}
+        peak = memory_plan(method, arguments, loaded).peak
+        yield {"run": name, "peak_gb": round(peak.gb, 2), "phase": peak.name}
 
 
 def main() -> None:

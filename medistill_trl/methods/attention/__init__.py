@@ -21,8 +21,8 @@ from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
 from medistill_trl.losses.attention import most_relation_heads
-from medistill_trl.memory_plan import attention_memory
 from medistill_trl.methods import Method
+from medistill_trl.methods.attention.memory import AttentionMemory
 from medistill_trl.methods.attention.trainer import AttentionTrainer
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.setting import Arguments, Setting
@@ -197,7 +197,7 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 2012.15828",
-    loss_memory=attention_memory,
+    memory=AttentionMemory(relation_heads=relation_heads_of),
     check=check,
     engines=("zero2",),
     engine_note="it reads inner layers, which reentrant checkpointing under ZeRO-3 runs without a graph",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
-from medistill_trl.memory_plan import anchored_policy_memory
+from medistill_trl.memory.losses import Policy
 from medistill_trl.methods import Method, on_policy
 from medistill_trl.methods.bond.trainer import BondTrainer
 from medistill_trl.methods.on_policy import OnPolicyConfig, build_with
@@ -168,13 +168,21 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
     on_policy.check(arguments, loaded)
 
 
+@dataclass(frozen=True)
+class AnchoredPolicy(Policy):
+    """And BOND's anchor, a second adapter in float32."""
+
+    def copies(self, arguments):
+        return {"anchor": 4} if arguments.training.keeps_anchor else {}
+
+
 METHOD = Method(
     name="bond",
     config=BondConfig,
     teacher_access="black_box",
     build=build,
     paper="arXiv 2407.14622",
-    loss_memory=anchored_policy_memory,
+    memory=AnchoredPolicy(),
     loss_falls=False,
     check=check,
     shards_teacher=True,

@@ -22,8 +22,8 @@ from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.layers import LayerArguments, pairs_of
 from medistill_trl.losses.features import FeatureLoss
-from medistill_trl.memory_plan import feature_memory
 from medistill_trl.methods import Method
+from medistill_trl.methods.fitnets.memory import FeatureMemory
 from medistill_trl.methods.fitnets.trainer import FitNetsTrainer
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.setting import Arguments, Setting
@@ -193,7 +193,7 @@ METHOD = Method(
     teacher_access="white_box",
     build=build,
     paper="arXiv 1412.6550",
-    loss_memory=feature_memory,
+    memory=FeatureMemory(),
     check=check,
     engines=("zero2",),
     engine_note="it reads inner layers, which reentrant checkpointing under ZeRO-3 runs without a graph",

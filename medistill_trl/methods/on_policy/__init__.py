@@ -21,7 +21,7 @@ from trl.trainer.base_config import _BaseConfig
 from medistill_trl.arguments import ChunkArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
-from medistill_trl.memory_plan import policy_memory
+from medistill_trl.memory.losses import Policy
 from medistill_trl.methods import Method
 from medistill_trl.methods.on_policy.trainer import OnPolicyTrainer
 from medistill_trl.rewards import RewardArguments, TeacherReward, check_pair
@@ -161,7 +161,7 @@ METHOD = Method(
     teacher_access="black_box",
     build=build,
     paper="arXiv 2306.08543",
-    loss_memory=policy_memory,
+    memory=Policy(),
     loss_falls=False,
     check=check,
     shards_teacher=True,

@@ -14,15 +14,14 @@ model card; see `trainer`.
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import PretrainedConfig
 from trl.experimental.ppo import PPOConfig
 from trl.trainer.base_config import _BaseConfig
 
 from medistill_trl.arguments import ChunkArguments
 from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
-from medistill_trl.memory_plan import GB, Part, policy_memory
 from medistill_trl.methods import Method
+from medistill_trl.methods.ppo.memory import RolloutMemory
 from medistill_trl.methods.ppo.trainer import PPODistillTrainer
 from medistill_trl.rewards import RewardArguments, TeacherReward, check_pair
 from medistill_trl.rollouts import check_lengths, longest_completion, prompt_rows
@@ -195,25 +194,13 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
         )
 
 
-def rollout_memory(
-    arguments: Arguments, student: PretrainedConfig, teacher: PretrainedConfig
-) -> list[Part]:
-    """Of the policy's loss, with a cache for a whole rollout, and of the value head: weights, gradient and Adam's two
-    moments."""
-    size = 4 * 4 * (student.hidden_size + 1)
-    return [
-        *policy_memory(arguments, student, teacher, arguments.training.rollout_size),
-        Part("value head with optimizer state", size / GB, "always"),
-    ]
-
-
 METHOD = Method(
     name="ppo",
     config=PPODistillConfig,
     teacher_access="black_box",
     build=build,
     paper="arXiv 1707.06347",
-    loss_memory=rollout_memory,
+    memory=RolloutMemory(),
     loss_falls=False,
     engines=("zero2",),
     engine_note="its trainer does not set the kind of checkpointing that an adapter needs under ZeRO-3",

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from medistill_trl.memory_plan import preference_memory
 from medistill_trl.methods import Method
+from medistill_trl.methods.spin.memory import PreferenceMemory
 from medistill_trl.methods.spin.schedule import Schedule
 from medistill_trl.methods.spin.trainer import SpinTrainer
 from medistill_trl.setting import Setting
@@ -183,7 +183,7 @@ METHOD = Method(
     teacher_access="black_box",
     build=build,
     paper="arXiv 2401.01335",
-    loss_memory=preference_memory,
+    memory=PreferenceMemory(),
     loss_falls=False,
     engines=(),
     engine_note="its optimizer and its reference start afresh with each iteration, and DeepSpeed keeps both to itself",
