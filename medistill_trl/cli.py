@@ -2,7 +2,7 @@
 
     medistill prepare     python -m data_prep.build
     medistill train       accelerate launch recipes/run.py
-    medistill plan        the same with --dry_run
+    medistill plan        python -m medistill_trl.memory
     medistill evaluate    python -m eval.run
     medistill compare     python -m eval.compare
     medistill study       python -m medistill_trl.study
@@ -124,13 +124,33 @@ def train(context: typer.Context, words: Recipe = None, config_file: ConfigFile 
 
 
 @app.command(**HANDED_ON)
-def plan(context: typer.Context, words: Recipe = None, config_file: ConfigFile = None) -> None:
-    """What `train` would do: every check, the whole recipe, the memory it needs, one example.
+def plan(
+    context: typer.Context,
+    words: Recipe = None,
+    config_file: ConfigFile = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(help="GB of the GPU: also say the largest micro-batch that fits."),
+    ] = None,
+) -> None:
+    """The memory a recipe will take, by part and phase, from the models' configs alone.
 
-    - `medistill plan recipes/sft.yaml --config_file rtx5090_qlora`
+    Neither a GPU nor weights nor data are needed. `medistill train ... --dry_run` checks those too.
+
+    - `medistill plan recipes/logit_kd.yaml --vram 32`
+    - `medistill plan recipes/sft.yaml --teacher_model FOLDER_WITH_CONFIG_JSON --vram 24`
     """
+    from medistill_trl import recipe
+
     words = words or []
-    _train(context, words if "--dry_run" in words else [*words, "--dry_run"], config_file)
+    if not HELP.isdisjoint(words):
+        typer.echo(context.get_help())
+        _show_keys(words)
+        return
+    recipe.load(words)  # a wrong one is refused here
+    words += [] if vram is None else ["--vram", f"{vram:g}"]
+    words += [] if config_file is None else ["--config_file", _config_path(config_file)]
+    _become(["python", "-m", "medistill_trl.memory", *words])
 
 
 @app.command(**HANDED_ON)

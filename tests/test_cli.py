@@ -124,7 +124,10 @@ def test_the_shell_completes_commands_and_configs():
             f"train {SFT} --config_file accelerate_configs/cpu.yaml",
             f"accelerate launch --config_file accelerate_configs/cpu.yaml recipes/run.py {SFT}",
         ),
-        (f"plan {SFT} --lora_r 4", f"accelerate launch recipes/run.py {SFT} --lora_r 4 --dry_run"),
+        (
+            f"plan {SFT} --lora_r 4 --vram 32 --config_file cpu",
+            f"python -m medistill_trl.memory {SFT} --lora_r 4 --vram 32 --config_file accelerate_configs/cpu.yaml",
+        ),
     ],
 )
 def test_words_are_handed_on_as_they_are(words, command, monkeypatch):
