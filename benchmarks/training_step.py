@@ -145,14 +145,14 @@ def peak_during(step: Callable[[], object]) -> tuple[int, int]:
 def mark_peak() -> int:
     """Bytes resident now; the largest size is counted from here on."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def peak_since_mark() -> int:
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
-def _resident(mark: str) -> int:
+def resident(mark: str) -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{mark}:\s+(\d+) kB", status).group(1))
 
