@@ -289,6 +289,19 @@ def test_checkpointing_and_bits_lower_what_is_planned():
     assert train(student_load_in_4bit=True) < train(student_load_in_8bit=True)
 
 
+def test_models_of_other_vocabularies_are_planned_as_of_other_tokenizers():
+    """The student's gradient over all of its tokens, and the outcomes that both have."""
+
+    def loss(vocab_size):
+        given = arguments("logit_kd", per_device_train_batch_size=4, loss_chunk_size=64)
+        student = llama(3, vocab_size=vocab_size)
+        peaks = planner(given, student, llama(3)).training_peaks(4, False)
+        return peaks["forward"]["loss"]
+
+    few_more, many_more = loss(610), loss(6100)
+    assert many_more > few_more + 4 * 64 * (6100 - 610)
+
+
 def test_a_device_keeps_room_for_what_is_not_planned():
     assert usable(32) == pytest.approx(31 / 1.1)
     assert all(teacher_resident(arguments(), name) for name in PHASES)

@@ -5,7 +5,7 @@ each moment by itself: every layer adds the same. Alike for the micro-batch.
 
 Not seen: what kernels and libraries take for themselves while they run (cuBLAS workspaces, flash attention's
 buffers), the allocator's fragments, the CUDA context, copies while weights are loaded, the optimizer's own
-temporaries, and on a CPU Python and its libraries. `usable` allows for these.
+temporaries, DDP's buckets, and on a CPU Python and its libraries. `usable` allows for these.
 """
 
 from collections import Counter
@@ -127,8 +127,8 @@ class Planner:
         """Of micro-batches of so many rows."""
         own = self.arguments.training.per_device_train_batch_size
         if rows == own:
-            return self._phase(TRAIN, self._training(rows, checkpointing))
-        points = {n: self._training(n, checkpointing) for n in (own, 2 * own)}
+            return self._phase(TRAIN, self.training_peaks(rows, checkpointing))
+        points = {n: self.training_peaks(n, checkpointing) for n in (own, 2 * own)}
         return self._phase(TRAIN, _continued(points, rows))
 
     def largest_micro_batch(self, gb: float, checkpointing: bool) -> int:
@@ -235,7 +235,8 @@ class Planner:
 
     # --- phases
 
-    def _training(self, rows: int, checkpointing: bool) -> Peaks:
+    def training_peaks(self, rows: int, checkpointing: bool) -> Peaks:
+        """What comes and goes in a training step, moment by moment."""
         key = rows, checkpointing
         if key not in self._measured:
             points = {d: self._train_at(d, rows, checkpointing) for d in self._depths}
