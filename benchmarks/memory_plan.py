@@ -1,11 +1,12 @@
 """The memory plan beside what real training steps take, on the embedded pair and a CPU:
 
-python -m benchmarks.memory_plan [--only 0 3 5]
+python -m benchmarks.memory_plan [--only 0 3 5] [--small]
 
 Every setting below is a process of its own. It builds the method's trainer on real weights, trains two optimizer steps
 on examples of exactly the planned length, and reads the largest resident size of that time, less what the process
 took before any weights were loaded (Python and libraries). The plan is made from the configs alone. Completions are
-cut from the packaged sample: nobody has to write them.
+cut from the packaged sample: nobody has to write them. With --small the pair is a fifth as wide, of random weights:
+minutes instead of a quarter of an hour.
 
 Markdown on stdout, progress on stderr. Exits with 1 if a plan is further off than it may be.
 """
@@ -21,9 +22,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.step_pair import EMBEDDED
 from benchmarks.training_step import ROOT, machine, peak_during, resident, say
-from medistill_trl import methods, models, recipe
+from medistill_trl import methods, model_source, models, recipe
 from medistill_trl.checkpoints import Totals
 from medistill_trl.data import Prompt
 from medistill_trl.heldout import HeldoutCheck
@@ -60,8 +63,9 @@ class Case:
     def lengths(self) -> Lengths:
         return Lengths(self.tokens - self.tokens // 2, self.tokens // 2)
 
-    def words(self, folder: str) -> list[str]:
-        keys = {
+    def words(self, folder: str, small: bool) -> list[str]:
+        keys = _small_pair(folder) if small else {}
+        keys |= {
             "output_dir": folder,
             "per_device_train_batch_size": self.rows,
             "gradient_accumulation_steps": 1,
@@ -110,10 +114,24 @@ class CutCompletions:
         return [[self.completion] * samples for _ in prompts]
 
 
-def plan_and_measure(case: Case) -> dict:
+def _small_pair(folder: str) -> dict[str, object]:
+    """Random weights with the embedded pair's tokenizer and vocabulary; the recipe's keys for them."""
+    source = model_source.resolve(recipe.load(EMBEDDED).values["teacher_model"])
+    tokenizer = models.load_tokenizer(source)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4}
+    keys = {"student_keep_layers": "null"}
+    for role, layers in (("teacher", 10), ("student", 8)):
+        config = LlamaConfig(vocab_size=source.num_embeddings, num_hidden_layers=layers, **sizes)
+        keys[f"{role}_model"] = f"{folder}-{role}"
+        LlamaForCausalLM(config).save_pretrained(keys[f"{role}_model"])
+        tokenizer.save_pretrained(keys[f"{role}_model"])
+    return keys
+
+
+def plan_and_measure(case: Case, small: bool) -> dict:
     """`planned` bytes by part, `measured` bytes, and the seconds of both."""
     with tempfile.TemporaryDirectory() as folder:
-        given = recipe.load(case.words(f"{folder}/run"))
+        given = recipe.load(case.words(f"{folder}/run", small))
         method = methods.load(given.values["method"])
         arguments = build_arguments(given, method, RunDirectory(given.output_dir), True)
         arguments.training.disable_tqdm = True
@@ -174,8 +192,9 @@ def _question(form: PromptFormat, ids: list[int], tokens: int) -> str:
 # --- all of them
 
 
-def in_a_process(number: int) -> dict:
+def in_a_process(number: int, small: bool) -> dict:
     words = [sys.executable, "-m", "benchmarks.memory_plan", "--case", str(number)]
+    words += ["--small"] if small else []
     # As in `training_step.peak`: what is freed goes back to the system.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     child = subprocess.run(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True)
@@ -214,14 +233,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", default=range(len(CASES)), metavar="N")
+    parser.add_argument("--small", action="store_true", help="a pair of random weights")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case is not None:
-        print(json.dumps(plan_and_measure(CASES[given.case])))
+        print(json.dumps(plan_and_measure(CASES[given.case], given.small)))
         return 0
     found = {}
     for number in given.only:
-        found[number] = in_a_process(number)
+        found[number] = in_a_process(number, given.small)
         say(f"{CASES[number]}: {off(found[number]):+.1%} {found[number]}")
     print(f"# The memory plan beside real steps\n\n{machine()}\n\n{table(found)}\n")
     worst = max(abs(off(result)) for result in found.values())
