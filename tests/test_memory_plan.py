@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, run_command
 from real_meter import RealMeter
 from tiny_setting import make_form, make_setting
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from medistill_trl import methods
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
@@ -178,6 +178,7 @@ def test_a_plan_is_what_real_training_steps_take(method, changes, tmp_path):
         return loss
 
     trainer.training_step = watched
+    trainer.add_callback(Update(meter))
     with meter:
         trainer.train()
     given = setting.arguments
@@ -187,6 +188,19 @@ def test_a_plan_is_what_real_training_steps_take(method, changes, tmp_path):
     found = planner(given, student.config, teacher.config, lengths=lengths)
     planned = found.train(4, given.training.gradient_checkpointing).gb * 1e9
     assert planned == pytest.approx(meter.peaks["training"].total(), rel=0.02)
+
+
+class Update(TrainerCallback):
+    """The optimizer's step counts too."""
+
+    def __init__(self, meter):
+        self.meter = meter
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.meter.begin("training")
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.meter.begin("else")
 
 
 def _lengths(inputs) -> Lengths:

@@ -178,7 +178,8 @@ _assumed_device: ContextVar[str | None] = ContextVar("assumed_device", default=N
 
 @contextmanager
 def blocks_as_on(device_type: str) -> Iterator[None]:
-    """Within it, blocks are as large as on another device; the memory plan asks."""
+    """For the memory plan: within it, blocks are as large as on another device, and only a chunk's first two are worked
+    on."""
     token = _assumed_device.set(device_type)
     try:
         yield
@@ -197,7 +198,10 @@ def blocks(logits_CV: torch.Tensor) -> Iterator[slice]:
     """Rows of a chunk to work on together."""
     num_rows, vocab_size = logits_CV.shape
     size = max(1, block_elements(logits_CV.device.type) // vocab_size)
-    for start in range(0, num_rows, size):
+    starts = range(0, num_rows, size)
+    if _assumed_device.get() is not None:
+        starts = starts[:2]  # the others would take the same memory
+    for start in starts:
         yield slice(start, min(start + size, num_rows))
 
 

@@ -4,8 +4,8 @@ Everything is counted on models of few layers, of two depths, and continued to t
 each moment by itself: every layer adds the same. Alike for the micro-batch.
 
 Not seen: what kernels and libraries take for themselves while they run (cuBLAS workspaces, flash attention's
-buffers), the allocator's fragments, the CUDA context, copies while weights are loaded, the optimizer's own
-temporaries, DDP's buckets, and on a CPU Python and its libraries. `usable` allows for these.
+buffers), the allocator's fragments, the CUDA context, copies while weights are loaded, DDP's buckets, and on a CPU
+Python and its libraries. `usable` allows for these.
 """
 
 from collections import Counter
@@ -24,12 +24,21 @@ from medistill_trl.losses.chunked import blocks_as_on
 from medistill_trl.memory import weightless
 from medistill_trl.memory.losses import CrossEntropy, window
 from medistill_trl.memory.meter import Meter
-from medistill_trl.memory.step import CACHE, GRADIENTS, LOSS, STUDENT, TEACHER, Lengths, Step
+from medistill_trl.memory.step import (
+    CACHE,
+    GRADIENTS,
+    LOSS,
+    STUDENT,
+    TEACHER,
+    UPDATE,
+    Lengths,
+    Step,
+)
 from medistill_trl.setting import Arguments
 
 GB = 1e9
 CONTEXT_GB, FRAGMENTATION = 1.0, 0.10  # of a GPU: not measured, a usual allowance
-PASSING = (STUDENT, TEACHER, LOSS, GRADIENTS, CACHE)
+PASSING = (STUDENT, TEACHER, LOSS, GRADIENTS, CACHE, UPDATE)
 GENERATE, SCORE, TRAIN = PHASES = ("generate", "score", "train")
 # Values an optimizer keeps per weight, where it is not Adam's two.
 STATE_VALUES = {"sgd": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
@@ -202,7 +211,8 @@ class Planner:
             student = weightless.student(weightless.at_depth(self.student, depth), args.student)
             for name, module in self.memory.modules(args, self.student, self.teacher).items():
                 student.add_module(_as_name(name), module)
-            if self.device_type != "cpu":
+            on_gpu = self.device_type != "cpu"
+            if on_gpu:
                 weightless.as_on_a_gpu(student)
             last = self._teacher_depths[0]
             teacher = self._teacher(last)
@@ -211,7 +221,7 @@ class Planner:
                 weightless.fill(student)
                 weightless.fill(teacher)
             pairs = [(depth - n, last - n) for n in reversed(range(self._num_pairs))]
-            self._steps[depth] = Step(args, student, teacher, meter, self.lengths, pairs)
+            self._steps[depth] = Step(args, student, teacher, meter, self.lengths, pairs, on_gpu)
         return self._steps[depth]
 
     @cached_property

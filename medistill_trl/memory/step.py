@@ -22,10 +22,11 @@ from medistill_trl.setting import Arguments
 
 # Labels of what comes and goes
 STUDENT, TEACHER, LOSS = "student activations", "teacher activations", "loss"
-GRADIENTS, CACHE = "gradients", "KV cache"
+GRADIENTS, CACHE, UPDATE = "gradients", "KV cache", "optimizer's temporaries"
 # Moments of a training step. Backward begins with everything that forward has kept, and ends with all gradients: what
 # lies between the first and the last layer it comes to is between these two.
 FORWARD, FIRST, BETWEEN, LAST = "forward", "backward begins", "backward", "backward ends"
+STATE = "state"  # neither a part nor a moment of the plan, which knows it by arithmetic
 
 
 # Dropout's masks are not drawn, so nothing has to be drawn again.
@@ -55,6 +56,7 @@ class Step:
         meter: In force.
         lengths: Of every example.
         pairs: (student layer, teacher layer) that are compared, counted from 1.
+        on_gpu: Where it will run.
     """
 
     arguments: Arguments
@@ -63,6 +65,7 @@ class Step:
     meter: Meter
     lengths: Lengths
     pairs: list[tuple[int, int]]
+    on_gpu: bool
 
     def __post_init__(self) -> None:
         if self.arguments.training.gradient_accumulation_steps == 1:
@@ -188,10 +191,23 @@ class Step:
         self.meter.begin(FIRST)
         with self.meter.label(LOSS):
             loss.backward()
+        if self.arguments.training.optim.value == "adamw_torch":
+            self._update()
         for parameter in self._trained:
             parameter.grad = None
         if checkpointing:
             base.activation_checkpointing_disable()
+
+    def _update(self) -> None:
+        """Torch's plain AdamW makes temporaries: of a tensor at a time on a CPU, of all at once on a GPU. Fused and
+        8-bit ones make none."""
+        optimizer = torch.optim.AdamW(self._trained, foreach=self.on_gpu)
+        self.meter.begin(STATE)
+        with self.meter.label(STATE):
+            optimizer.step()
+        self.meter.begin(UPDATE)
+        with self.meter.label(UPDATE):
+            optimizer.step()
 
     # --- writing
 
