@@ -133,9 +133,9 @@ class Planner:
         )
 
     def train(self, rows: int, checkpointing: bool) -> Phase:
-        """Of micro-batches of so many rows."""
+        """Of micro-batches of so many rows; more than the recipe's are continued on a line, as layers are."""
         own = self.arguments.training.per_device_train_batch_size
-        if rows == own:
+        if rows <= own:
             return self._phase(TRAIN, self.training_peaks(rows, checkpointing))
         points = {n: self.training_peaks(n, checkpointing) for n in (own, 2 * own)}
         return self._phase(TRAIN, _continued(points, rows))
