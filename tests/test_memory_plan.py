@@ -321,6 +321,13 @@ def test_a_device_keeps_room_for_what_is_not_planned():
     assert all(teacher_resident(arguments(), name) for name in PHASES)
 
 
+def test_a_served_teacher_takes_nothing_here():
+    given = arguments(teacher={"teacher_backend": "server"})
+    for found in planner(given, llama(3), llama(3)).plan().phases:
+        assert not any(part.startswith("teacher") for part in found.parts)
+    assert "KV cache" not in phase(planner(given, llama(3), llama(3)).plan(), "generate").parts
+
+
 # --- the meter
 
 

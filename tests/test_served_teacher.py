@@ -6,10 +6,10 @@ import pytest
 import tiny_setting
 import torch
 from completion_server import model_answers, serving
-from conftest import make_model, make_tokenizer
+from conftest import make_model
 from tiny_setting import make_form
 
-from medistill_trl import memory_plan, methods, pipeline
+from medistill_trl import methods, pipeline
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
 from medistill_trl.checkpoints import newest_valid
 from medistill_trl.completion_store import CompletionStore
@@ -261,20 +261,6 @@ def test_a_method_that_looks_into_the_teacher_refuses_a_server_by_name(method):
     assert methods.load(method).teacher_access == "white_box"
     with pytest.raises(UserError, match=rf"teacher_backend: {method} needs .*: bond, cot, on_p"):
         pipeline.check_inputs(methods.load(method), arguments(method))
-
-
-def test_the_memory_plan_of_a_served_teacher_holds_none_of_it():
-    config = make_model(len(make_tokenizer())).config
-    source = ModelSource("tiny", "tiny", None, config, "tiny")
-    asked = arguments("on_policy")
-    loss = methods.load("on_policy").loss_memory
-    served = {part.name for part in memory_plan.plan(asked, source, source, loss)}
-    asked.teacher.teacher_backend = "local"
-    local = {part.name for part in memory_plan.plan(asked, source, source, loss)}
-    assert {name.split(",")[0] for name in local - served} == {
-        "teacher weights", "teacher KV cache", "teacher forward",
-    }  # fmt: skip
-    assert served < local
 
 
 def test_a_dry_run_says_who_serves_the_teacher(capsys):

@@ -75,8 +75,8 @@ class MemoryPlan:
 
 
 def teacher_resident(arguments: Arguments, phase: str) -> bool:
-    """Whether the teacher's weights are on the device in a phase: in all of them."""
-    return True
+    """Whether the teacher is on the device in a phase: in all of them, unless a server answers for it."""
+    return arguments.teacher.teacher_backend == "local"
 
 
 def usable(vram_gb: float) -> float:
@@ -189,8 +189,11 @@ class Planner:
         parts = {part: held[part] for part in sorted(held, key=_order)}
         if teacher_resident(self.arguments, name):
             parts = {"teacher weights": self._teacher_bytes} | parts
-        moments = [{part: found[part] for part in PASSING} for found in peaks.values()]
-        passing = max(moments, key=lambda found: sum(found.values()))
+            passing_parts = PASSING
+        else:
+            passing_parts = tuple(part for part in PASSING if part != TEACHER)
+        moments = [{part: found[part] for part in passing_parts} for found in peaks.values()]
+        passing = max(moments, key=lambda found: sum(found.values()), default={})
         parts |= {part: size for part, size in passing.items() if size > 0}
         return Phase(name, {part: size / GB for part, size in parts.items()})
 
@@ -280,7 +283,9 @@ class Planner:
         if self.memory.writes_online(args) and args.teacher.teacher_batch_size is None:
             rows = max(rows, window(args))
         with self._measuring(self._depths[0]) as step:
-            found = self._writing(step, step.teacher, self.teacher, rows, TEACHER)
+            found = {}
+            if teacher_resident(args, GENERATE):
+                found = self._writing(step, step.teacher, self.teacher, rows, TEACHER)
             rows = self.memory.student_rows(args)
             if rows:
                 step.student.eval()
