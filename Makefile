@@ -19,7 +19,7 @@ help:
 	@echo "               thousands of damaged inputs"
 	@echo "make audit     known vulnerabilities of the packages, and of this code"
 	@echo "make reproduce the report's comparison of SFT and Logit-KD, three seeds (half an hour; may be interrupted)"
-	@echo "make bench     time and memory of a step of Logit-KD, FitNets and attention transfer (half an hour)"
+	@echo "make bench     time and memory of every method's step, and what a memory plan is off by (hours)"
 	@echo "make vllm      a vLLM for the CPU in $(VLLM) (3.5 GB), which the tests of a served teacher use"
 	@echo "make setup     only the virtual environment .venv"
 	@echo "make clean     remove .venv and $(VLLM)"
@@ -70,6 +70,8 @@ bench: setup
 	@$(BIN)/python -m benchmarks.features_step
 	@$(BIN)/python -m benchmarks.attention_step --modes lora
 	@$(BIN)/python -m benchmarks.attention_step --modes lora --bf16
+	@$(BIN)/python -m benchmarks.memory_plan --small
+	@$(BIN)/python -m benchmarks.performance
 
 # In an environment of its own: its versions are not ours. What it brings for images and sound does not load beside
 # this torch, and text needs neither.
