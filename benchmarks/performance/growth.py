@@ -16,6 +16,7 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.pairs import encode_completion_pair
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.teacher import Completion, Sampling
+from medistill_trl.writer import Writer
 
 SHAPES = [(1, 128), (2, 128), (4, 128), (8, 128), (1, 256), (1, 512), (1, 1024)]
 EXAMPLES = (1000, 4000, 16000)
@@ -91,12 +92,12 @@ def samples(work: Path, repetitions: int, counts: tuple[int, ...] = SAMPLES) -> 
 # --- examples
 
 
-class Scribe:
+class Scribe(Writer):
     """Answers at once: what is left is the store's own work."""
 
     identity = "benchmark"
 
-    def complete(self, prompts: list[str], sampling: Sampling, seed: int) -> list[Completion]:
+    def complete(self, prompts: list[str], sampling: Sampling, seed: int = 0) -> list[Completion]:
         ids = list(range(100, 100 + len(WORDS)))
         return [Completion(" ".join(WORDS), ids, True, 2) for _ in prompts]
 

@@ -140,7 +140,7 @@ class Distillation(CrossEntropy):
 
 def _shared(count: int) -> Side:
     none = torch.zeros(0, dtype=torch.long)
-    return Side(torch.arange(count), none, none)
+    return Side(torch.arange(count), none, none, count)
 
 
 def _spans(tokens: int) -> SpanBatch:

@@ -14,7 +14,7 @@ from medistill_trl.memory.step import LOSS, STUDENT, Step
 
 @dataclass(frozen=True)
 class PreferenceMemory(CrossEntropy):
-    """Two completions of each prompt with whole logits, of the policy and of its reference (`losses.preference`)."""
+    """Two completions of each prompt with logits of the completions, of the policy and of its reference (`losses.preference`)."""
 
     evaluates: bool = False
 
@@ -39,14 +39,17 @@ class PreferenceMemory(CrossEntropy):
         return losses_B.sum()
 
     def _log_probs(self, step: Step, inputs: dict) -> PairValues:
+        kept = step.lengths.completion + 1  # logits from the last token of the prompts on
         with step.meter.label(STUDENT):
             step.mark_moments()
             logits_RTV = step.student(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
+                logits_to_keep=kept,
                 use_cache=False,
             ).logits
         with step.meter.label(LOSS):
             mask_RT = (inputs["labels"] >= 0).long()
-            log_probs = sequence_log_probs(logits_RTV, inputs["input_ids"], mask_RT)
+            ids_RT = inputs["input_ids"]
+            log_probs = sequence_log_probs(logits_RTV, ids_RT[:, -kept:], mask_RT[:, -kept:])
         return PairValues(*log_probs.chunk(2))
