@@ -9,7 +9,6 @@ making is drawn again. Of a server's answers those that arrive together are a ba
 import contextlib
 import hashlib
 import json
-import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -17,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from medistill_trl import disk
 from medistill_trl.errors import UserError
-from medistill_trl.locks import try_lock
 from medistill_trl.teacher import Completion, Sampling
+from medistill_trl.turns import turn
 from medistill_trl.writer import Writer, batches
-
-logger = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS completions (
@@ -46,7 +43,6 @@ CREATE TABLE IF NOT EXISTS completions (
 # Stores of earlier versions have no such column.
 ADD_SECONDS = "ALTER TABLE completions ADD COLUMN seconds REAL"
 DEFAULT_BATCH_SIZE = 16
-LOCK_POLL_SECONDS = 1.0
 LARGEST_ID = 2**31  # no vocabulary has so many tokens
 
 
@@ -119,7 +115,7 @@ class CompletionStore:
             for prompt in prompts
         ]
         state = PartialState()
-        with self._whole(), self._turn(state):
+        with self._whole(), turn(self.path.with_name(self.path.name + ".lock"), self.path):
             missing = self._missing(request for group in requests for request in group)
             state.wait_for_everyone()  # all have read the same store before anyone writes to it
             self._fill(teacher, missing, sampling, batch_size or DEFAULT_BATCH_SIZE, label)
@@ -131,19 +127,6 @@ class CompletionStore:
             f"completion store {self.path}: {why}; move the file away, and its completions are drawn anew, or set "
             "completion_store to another path"
         )
-
-    @contextlib.contextmanager
-    def _turn(self, state: PartialState) -> Iterator[None]:
-        """One run at a time: its main process holds a lock file, the others hear of each attempt, so
-        that none of them waits past the process group's timeout."""
-        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
-            waited = 0
-            while not broadcast_object_list([state.is_main_process and try_lock(lock)])[0]:
-                if waited == 0:
-                    logger.warning("waiting for another run that is filling %s", self.path)
-                waited += 1
-                time.sleep(LOCK_POLL_SECONDS)
-            yield
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
