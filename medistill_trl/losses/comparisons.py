@@ -14,6 +14,7 @@ from medistill_trl.losses.overlap import Fold
 from medistill_trl.losses.span_kl import Reading, SpanBatch, span_distillation_loss, span_scores
 from medistill_trl.losses.token_kl import distillation_loss, token_scores
 from medistill_trl.losses.token_terms import TemperatureRule
+from medistill_trl.losses.top_k import TopK, top_k_distillation_loss
 
 
 class Comparison(Protocol):
@@ -90,6 +91,38 @@ class TokenComparison:
             temperature=temperature,
             divergence=divergence,
             divergence_weights_N=weights_N if weights_C is None else weights_C * weights_N,
+            vocab_size=self.vocab_size,
+            chunk_size=self.chunk_size,
+        )
+
+
+@dataclass(frozen=True)
+class TopKComparison:
+    """Of models with the same tokenizer, where of the teacher the likeliest tokens are kept. All examples are compared
+    at one temperature: it has neither scores nor parts.
+
+    Args:
+        student: N tokens.
+        teacher: Of the same tokens.
+        compared_N, vocab_size, chunk_size: As in `TokenComparison`.
+    """
+
+    student: Reading
+    teacher: TopK
+    compared_N: torch.Tensor
+    vocab_size: int
+    chunk_size: int
+
+    def loss(self, alpha, temperature, divergence, weights_C):
+        return top_k_distillation_loss(
+            self.student.states,
+            self.student.tokens,
+            self.student.head,
+            self.teacher,
+            alpha=alpha,
+            temperature=temperature,
+            divergence=divergence,
+            divergence_weights_N=self.compared_N.float(),
             vocab_size=self.vocab_size,
             chunk_size=self.chunk_size,
         )

@@ -100,11 +100,11 @@ def distillation_loss(
         raise ValueError(f"alpha {alpha} needs the teacher's hidden states and head")
     student = Side.of(student_hidden_NH, student_head, vocab_size)
     teacher = Side.of(teacher_hidden_NH, teacher_head, vocab_size) if alpha > 0 else None
-    temperatures = _temperature_per_token(temperature, targets_N, student.dtype)
+    temperatures = temperature_per_token(temperature, targets_N, student.dtype)
     objective = Objective(alpha, divergence, temperatures, divergence_weights_N, fold, metrics)
     lengths = [len(student_hidden_NH), len(targets_N)]
     lengths += [] if teacher is None else [len(teacher_hidden_NH)]
-    _validate(objective, lengths, chunk_size)
+    validate(objective, lengths, chunk_size)
     loss, terms = token_sum(objective, student, targets_N, teacher, chunk_size)
     sums = sums_for_log(terms, temperature) if metrics else {}
     sums["tokens"] = torch.tensor(float(len(targets_N)), device=loss.device)
@@ -159,7 +159,7 @@ def score_by_name(name: str) -> Callable[[Distribution, Distribution], torch.Ten
     return scores[name]
 
 
-def _temperature_per_token(
+def temperature_per_token(
     temperature: float | torch.Tensor | TemperatureRule, targets_N: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | TemperatureRule | None:
     """As `Objective` takes it: None for 1."""
@@ -190,7 +190,7 @@ def sums_for_log(
     return sums
 
 
-def _validate(objective: Objective, lengths: Sequence[int], chunk_size: int) -> None:
+def validate(objective: Objective, lengths: Sequence[int], chunk_size: int) -> None:
     """Refuse what does not fit; the number of tokens must be the same throughout `lengths`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

@@ -109,16 +109,30 @@ class Objective:
             The loss's gradient in the student's logits, (R, V).
         """
         student = Distribution.of(student_RV)
-        teacher = None if teacher_RV is None else Distribution.of(teacher_RV)
         if "ce" in terms:
             log_target_R1 = student.shifted.gather(1, targets_R[:, None]) - student.log_norm
             terms["ce"][tokens] = -log_target_R1[:, 0]
         if "student_entropy" in terms:
             terms["student_entropy"][tokens] = student.entropy()
-        if teacher is None:
+        if self.alpha == 0:
             return _minus_one_hot_(student.probs, targets_R, 1.0)
+        gradient_RV = self.compare(student, teacher_RV, tokens, terms)
+        if self.alpha == 1:
+            return gradient_RV
+        gradient_RV.add_(student.probs, alpha=1 - self.alpha)
+        return _minus_one_hot_(gradient_RV, targets_R, 1 - self.alpha)
+
+    def compare(
+        self,
+        student: Distribution,
+        teacher_RV: torch.Tensor | None,
+        tokens: slice,
+        terms: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The divergence's part of `block`: fills in its terms; its gradient in the student's logits, (R, V)."""
+        teacher = Distribution.of(teacher_RV)
         if self.fold is None:
-            require_same_vocabulary(student_RV, teacher_RV)
+            require_same_vocabulary(student.shifted, teacher_RV)
             compared = student, teacher
         else:
             compared = self.fold.fold(student, teacher)
@@ -132,11 +146,7 @@ class Objective:
         terms["divergence"][tokens], gradient_RV = self.divergence(*softened)
         if self.fold is not None:
             gradient_RV = self.fold.unfold(gradient_RV, compared[0], student)
-        gradient_RV.mul_(self._divergence_factor(tokens, temperature_R1))
-        if self.alpha == 1:
-            return gradient_RV
-        gradient_RV.add_(student.probs, alpha=1 - self.alpha)
-        return _minus_one_hot_(gradient_RV, targets_R, 1 - self.alpha)
+        return gradient_RV.mul_(self.divergence_factor(tokens, temperature_R1))
 
     def _record(
         self,
@@ -163,7 +173,7 @@ class Objective:
             return self.temperature(student, teacher)[:, None]
         return self.temperature[tokens, None]
 
-    def _divergence_factor(
+    def divergence_factor(
         self, tokens: slice, temperature_R1: torch.Tensor | None
     ) -> torch.Tensor | float:
         """α·w·T: of T², one T is lost since ∂D/∂logits = (1/T)·∂D/∂(logits / T)."""
