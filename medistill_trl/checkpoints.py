@@ -31,8 +31,8 @@ class Totals:
 
     Args:
         seconds: Wall time of training.
-        seconds_drawing: Of these, spent on stored completions: drawing them, or waiting for another run
-            that does.
+        seconds_drawing: Of these, spent on stored completions and teacher logits: making them, or waiting for
+            another run that does.
         trained: Completion tokens the loss was taken on, over all processes.
         generated_teacher: Tokens the teacher wrote for training, over all processes.
         drawn_teacher: Of the teacher's, those that went into the completion store.

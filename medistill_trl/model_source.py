@@ -239,7 +239,7 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    digest = _digest(path)
+    digest = remembered_digest(path)
     return _once(cache_folder() / f"{path.stem}-{digest[:12]}", write)
 
 
@@ -321,11 +321,11 @@ def folder_digest(folder: Path) -> str:
     files = sorted(
         path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja"}
     )
-    digests = [f"{path.name} {_digest(path)}" for path in files]
+    digests = [f"{path.name} {remembered_digest(path)}" for path in files]
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def remembered_digest(path: Path) -> str:
     """sha256 of a file, remembered in the cache folder for as long as size and times stay the same."""
     status = path.stat()
     identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -15,6 +15,7 @@ from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.teacher import Completion, Sampling, Teacher
+from medistill_trl.teacher_logits import Kept, TeacherLogits, read_by
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,32 @@ class Setting:
         for question, group in zip(questions, drawn, strict=True):
             self.used |= {(question, sampling, index): c for index, c in enumerate(group)}
         return drawn
+
+    def teacher_logits(self, examples: list[dict], top_k: int, temperature: float) -> TeacherLogits:
+        """What is kept of the teacher's distributions on encoded pairs; it reads only those that are not kept yet.
+
+        Args:
+            examples: Each gets its key, as `top_k`.
+            top_k: Tokens kept of each distribution.
+            temperature: Of the loss.
+        """
+        start = monotonic()
+        kept = Kept.of(self.teacher.identity, self.heldout.shared, top_k, temperature)
+        logits = TeacherLogits(logits_folder(self.store), kept)
+        keys = logits.fill(
+            examples,
+            lambda batch: read_by(self.teacher.model, kept, batch),
+            self.arguments.teacher.teacher_batch_size,
+        )
+        for example, key in zip(examples, keys, strict=True):
+            example["top_k"] = key
+        self.totals.seconds_drawing += monotonic() - start
+        return logits
+
+
+def logits_folder(store: CompletionStore) -> Path:
+    """Where what is kept of teachers' logits lies: beside the completions."""
+    return store.path.with_suffix(".logits")
 
 
 def sampling_of(args: TeacherArguments) -> Sampling:
