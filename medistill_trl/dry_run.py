@@ -15,7 +15,9 @@ def memory_plan(method: Method, arguments: Arguments, loaded: Loaded) -> MemoryP
     """What a run holds on one device."""
     configs = loaded.student.config, loaded.teacher.config
     device_type = arguments.training.device.type
-    return Planner(arguments, *configs, method.memory, device_type).plan()
+    keeps = method.keeps_teacher(arguments)
+    planner = Planner(arguments, *configs, method.memory, device_type, keeps_teacher=keeps)
+    return planner.plan()
 
 
 def print_plan(recipe: Recipe, method: Method, arguments: Arguments, loaded: Loaded) -> None:

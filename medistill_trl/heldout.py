@@ -9,6 +9,7 @@ Shapes: C completion tokens, V shared vocabulary.
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from medistill_trl.completion_store import CompletionStore
 from medistill_trl.data import Prompt
 from medistill_trl.errors import UserError
 from medistill_trl.guards import require_finite
+from medistill_trl.heldout_states import HeldoutStates
 from medistill_trl.prompts import PromptFormat, encode_completion
 from medistill_trl.teacher import Completion, Sampling, Teacher, complete, completion_logits
 from medistill_trl.vocabulary import shared_vocabulary
@@ -117,6 +119,8 @@ class HeldoutCheck:
         completions: The teacher's greedy completion of each.
         autocast: Measure under bfloat16 autocast, as the student trains. Said here because accelerate
             wraps the student only once training starts: before and after would differ in numerics.
+
+    `states` stand in for the teacher's model once `keep_states` was called.
     """
 
     student_form: PromptFormat
@@ -125,6 +129,7 @@ class HeldoutCheck:
     completions: list[Completion]
     autocast: bool = False
     shared: int | None = field(init=False)
+    states: HeldoutStates | None = field(init=False, default=None)
     _teacher_ce: dict[int, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,6 +153,15 @@ class HeldoutCheck:
         )
         completions = [samples[0] for samples in drawn]
         return cls(student_form, teacher, prompts, completions, autocast)
+
+    def keep_states(self, folder: Path, device: torch.device) -> None:
+        """From now on measure without the teacher's model, which is asked only if the folder lacks its states.
+
+        Only where the models share a tokenizer.
+        """
+        sequences = [self._as_the_teacher_reads(index) for index in range(len(self.prompts))]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            self.states = HeldoutStates.of(self.teacher, sequences, folder, device)
 
     def measure(self, student: PreTrainedModel) -> dict[str, float | int | str | None]:
         """Compare the models and sum up: `summary` of `compare`."""
@@ -240,18 +254,26 @@ class HeldoutCheck:
             teacher_ce = self._own_ce(index) if self.teacher.gives_logits else 0.0
             return Sums(ce=ce, tokens=len(ids), num_bytes=num_bytes, teacher_ce=teacher_ce)
         # The same tokens after each model's own prompt, so the positions correspond one to one.
-        ids = comparable_ids(completion, self.shared)
+        teacher_prompt_ids, ids = self._as_the_teacher_reads(index)
         student_logits = completion_logits(student, student_prompt_ids, ids)[:, : self.shared]
-        if not self.teacher.gives_logits:
+        if self.states is not None:
+            teacher_logits = self.states.logits(index)
+        elif self.teacher.gives_logits:
+            teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)
+        else:
             return compare_tokens(student_logits, ids, num_bytes)
-        teacher_prompt_ids = self.teacher.form.encode(self.teacher.form.render(question))
-        teacher_logits = completion_logits(self.teacher.model, teacher_prompt_ids, ids)[
-            :, : self.shared
-        ]
+        teacher_logits = teacher_logits[:, : self.shared]
         target = torch.tensor(ids, device=student_logits.device)
         sums = compare_logits(student_logits, teacher_logits.to(student_logits.device), target)
         sums.num_bytes = num_bytes
         return sums
+
+    def _as_the_teacher_reads(self, index: int) -> tuple[list[int], list[int]]:
+        """Token ids of its prompt, and those of the completion that are compared."""
+        prompt = self.teacher.form.render(self.prompts[index].question)
+        return self.teacher.form.encode(prompt), comparable_ids(
+            self.completions[index], self.shared
+        )
 
     def _own_ce(self, index: int) -> float:
         """−Σ log p_T of what the teacher wrote, nats; measured once."""

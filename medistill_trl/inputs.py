@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from medistill_trl import model_source, models, teacher_server
 from medistill_trl.arguments import StudentArguments, TeacherArguments
@@ -15,9 +15,10 @@ from medistill_trl.engines import DDP, engine_of
 from medistill_trl.errors import UserError
 from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.model_source import ModelSource
+from medistill_trl.on_demand_teacher import OnDemandTeacher
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.served_teacher import ServedTeacher, served_identity
-from medistill_trl.setting import Arguments, Setting
+from medistill_trl.setting import Arguments, Setting, logits_folder
 from medistill_trl.teacher import Teacher
 from medistill_trl.teacher_server import TeacherServer
 
@@ -147,11 +148,16 @@ def _loaded_as(
     return " ".join(words)
 
 
-def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
-    """Teacher and student on this process's device, and the held-out completions."""
+def load_models(arguments: Arguments, loaded: Loaded, keeps_teacher: bool = True) -> Setting:
+    """Teacher and student on this process's device, and the held-out completions.
+
+    Args:
+        keeps_teacher: False: its model is loaded once something asks for it, and the held-out check is made to
+            do without.
+    """
     s, t, training = arguments.student, arguments.teacher, arguments.training
     set_seed(training.seed)
-    teacher = _load_teacher(arguments, loaded)
+    teacher = _teacher(arguments, loaded, keeps_teacher)
     logger.info("loading student %s", s.student_model)
     student = models.load_student(
         loaded.student,
@@ -170,6 +176,8 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
         t.teacher_batch_size,
         training.bf16,
     )
+    if not keeps_teacher:
+        heldout.keep_states(logits_folder(store) / "heldout", training.device)
     return Setting(
         arguments,
         student,
@@ -182,22 +190,29 @@ def load_models(arguments: Arguments, loaded: Loaded) -> Setting:
     )
 
 
-def _load_teacher(arguments: Arguments, loaded: Loaded) -> Teacher:
+def _teacher(arguments: Arguments, loaded: Loaded, keep: bool) -> Teacher:
+    """Behind a server, in memory, or loaded once something asks for it."""
     t, training = arguments.teacher, arguments.training
     form, source = loaded.teacher_form, loaded.teacher
     if loaded.server is not None:
         logger.info("teacher %s: served by %s", t.teacher_model, loaded.server.url)
         ends = models.end_ids(source, form.tokenizer)
         return ServedTeacher(loaded.server, source, form.tokenizer, form, ends, training.device)
-    logger.info("loading teacher %s", t.teacher_model)
-    model = models.load_teacher(
-        source,
-        form.tokenizer,
-        t,
-        arguments.student,
-        training.device,
-        training.trust_remote_code,
-        training.deepspeed_plugin
-        and training.deepspeed_plugin.deepspeed_config["zero_optimization"],
-    )
-    return Teacher(model, form.tokenizer, form, _identity_of_teacher(arguments, loaded))
+
+    def load() -> PreTrainedModel:
+        logger.info("loading teacher %s", t.teacher_model)
+        return models.load_teacher(
+            source,
+            form.tokenizer,
+            t,
+            arguments.student,
+            training.device,
+            training.trust_remote_code,
+            training.deepspeed_plugin
+            and training.deepspeed_plugin.deepspeed_config["zero_optimization"],
+        )
+
+    identity = _identity_of_teacher(arguments, loaded)
+    if keep:
+        return Teacher(load(), form.tokenizer, form, identity)
+    return OnDemandTeacher(load, form.tokenizer, form, identity)

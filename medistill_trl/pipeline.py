@@ -30,6 +30,7 @@ from medistill_trl.guards import FiniteGuard, kept_for_a_look
 from medistill_trl.heldout import HeldoutCallback
 from medistill_trl.inputs import Loaded, identity, load_inputs, load_models
 from medistill_trl.methods import Method
+from medistill_trl.on_demand_teacher import OnDemandTeacher
 from medistill_trl.recipe import Recipe
 from medistill_trl.results import measure_before, write_results
 from medistill_trl.run_directory import RunDirectory
@@ -83,7 +84,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
         out_of_memory.recorded(directory, arguments),
         kept_for_a_look(directory.results),
     ):
-        setting = load_models(arguments, loaded)
+        setting = load_models(arguments, loaded, method.keeps_teacher(arguments))
         state.wait_for_everyone()  # nobody starts the folder while another still checks it
         if state.is_main_process:
             held.enter_context(directory.lock())
@@ -176,7 +177,10 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     except (ValueError, ImportError) as error:  # TRL and Transformers judge their own keys
         raise UserError(f"recipe: the {method.name} trainer refuses it: {error}") from error
     resume_in_same_dtypes(trainer)
-    reads_student = setting.heldout.shared is not None
+    on_demand = isinstance(setting.teacher, OnDemandTeacher)
+    if on_demand:  # the trainer does without, see `Method.keeps_teacher`
+        setting.teacher.release()
+    reads_student = not on_demand and setting.heldout.shared is not None
     trainer.add_callback(FiniteGuard(trainer, setting.teacher.model if reads_student else None))
     trainer.add_callback(DivergenceWatch(setting.arguments.run, method.loss_falls))
     trainer.add_callback(CheckpointCallback(setting.totals))

@@ -50,7 +50,10 @@ def main(words: list[str]) -> None:
     teacher = model_source.find_config(t.teacher_model, t.teacher_revision, remote)
     device_type = "cpu" if use_cpu else "cuda"
     with weightless.quiet():
-        planner = Planner(arguments, student, teacher, method.memory, device_type)
+        keeps = method.keeps_teacher(arguments)
+        planner = Planner(
+            arguments, student, teacher, method.memory, device_type, keeps_teacher=keeps
+        )
         print(_headline(arguments, planner, device_type))
         print(to_text(planner.plan()))
         print(micro_batches(planner, given.vram))

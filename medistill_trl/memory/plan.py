@@ -74,9 +74,15 @@ class MemoryPlan:
         return max(self.phases, key=lambda phase: phase.gb)
 
 
-def teacher_resident(arguments: Arguments, phase: str) -> bool:
-    """Whether the teacher is on the device in a phase: in all of them, unless a server answers for it."""
-    return arguments.teacher.teacher_backend == "local"
+def teacher_resident(arguments: Arguments, phase: str, keeps_teacher: bool = True) -> bool:
+    """Whether the teacher is on the device in a phase: in all of them, unless a server answers for it, or it is let
+    go of before training.
+
+    Args:
+        keeps_teacher: Whether training asks it, see `Method`.
+    """
+    local = arguments.teacher.teacher_backend == "local"
+    return local and (keeps_teacher or phase != TRAIN)
 
 
 def usable(vram_gb: float) -> float:
@@ -104,6 +110,8 @@ class Planner:
         memory: The method's.
         device_type: Where it will run: `cuda` or `cpu`.
         lengths: Of examples; by default `longest`.
+        keeps_teacher: Whether training asks the teacher, see `Method`. Where not, its output head, which the held-out
+            check keeps, is not counted.
     """
 
     arguments: Arguments
@@ -112,6 +120,7 @@ class Planner:
     memory: CrossEntropy
     device_type: str
     lengths: Lengths | None = None
+    keeps_teacher: bool = True
 
     def __post_init__(self) -> None:
         completion = self.memory.completion_tokens(self.arguments)
@@ -187,7 +196,7 @@ class Planner:
     def _phase(self, name: str, peaks: Peaks) -> Phase:
         held = self.held
         parts = {part: held[part] for part in sorted(held, key=_order)}
-        if teacher_resident(self.arguments, name):
+        if teacher_resident(self.arguments, name, self.keeps_teacher):
             parts = {"teacher weights": self._teacher_bytes} | parts
             passing_parts = PASSING
         else:

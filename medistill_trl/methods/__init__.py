@@ -36,6 +36,10 @@ def _any_pair(arguments: "Arguments", loaded: "Loaded") -> None:
     pass
 
 
+def _always(arguments: "Arguments") -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Method:
     """What the pipeline needs to know of a method.
@@ -61,6 +65,8 @@ class Method:
         engine_note: Why not with the others, for the message that refuses them.
         shards_teacher: All processes ask the teacher equally often and let it finish, so that its weights can
             be shared out.
+        keeps_teacher: Whether training asks the teacher's model. Where it does not, the model is loaded only if a
+            store lacks something, and let go of before training.
     """
 
     name: str
@@ -77,6 +83,7 @@ class Method:
     engines: tuple[str, ...] = ("zero2", "zero3")
     engine_note: str = ""
     shards_teacher: bool = False
+    keeps_teacher: "Callable[[Arguments], bool]" = _always
 
 
 def load(name: str) -> Method:
