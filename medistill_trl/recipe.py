@@ -9,6 +9,7 @@ import math
 import pkgutil
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,8 @@ def _check(entry: Entry, known: _Keys) -> list[str]:
     if key in known.unused:
         return [f"does nothing with this method, leave it out: {known.unused[key]}"]
     if key not in schema:
+        if others := _methods_with(key, value):
+            return [f"a key of {', '.join(others)}; leave it out, or take another method"]
         close = difflib.get_close_matches(key, schema, n=1)
         hint = f"did you mean {close[0]}?" if close else "medistill train RECIPE --help lists them"
         return [f"unknown key; {hint}"]
@@ -222,6 +225,24 @@ def _check(entry: Entry, known: _Keys) -> list[str]:
         )
         return [f"{value!r} is not a choice; {hint}"]
     return _limit_problems(value, {**INHERITED_LIMITS.get(key, {}), **expected.limits})
+
+
+def _methods_with(key: str, value: Any) -> list[str]:
+    """Methods that have a key of this project's own, and take this value."""
+    return [
+        name
+        for name in methods()
+        if key in _own_keys(name) and _own_keys(name)[key] in (None, value)
+    ]
+
+
+@cache
+def _own_keys(method: str) -> dict[str, Any]:
+    """The keys of a method's config that this project defines, each with the one value that works, None for all."""
+    module = f"medistill_trl.methods.{method}"
+    config = config_class_name(module)
+    required = read_requirements(module, config)
+    return {key: required.get(key, (None,))[0] for key in read_own_fields(module, config)}
 
 
 def _type_problem(value: Any, expected: Field) -> str | None:

@@ -149,6 +149,8 @@ def _completion_conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "train_sampling_strategy",
             "needs teacher_completions: stored; online lengths are unknown",
         )
+    if values.get("teacher_logits") == "stored":
+        yield from _stored_logits_conflicts(values)
     prompt, new, total = (
         values.get(key) for key in ("max_prompt_tokens", "teacher_max_new_tokens", "max_length")
     )
@@ -157,6 +159,25 @@ def _completion_conflicts(values: dict) -> Iterator[tuple[str, str]]:
             "max_length",
             f"is {total}, less than max_prompt_tokens + teacher_max_new_tokens = {prompt} + {new}: "
             "completions would be cut",
+        )
+
+
+def _stored_logits_conflicts(values: dict) -> Iterator[tuple[str, str]]:
+    if values.get("teacher_completions") == "online":
+        yield (
+            "teacher_logits",
+            "stored needs teacher_completions: stored; what is written anew each time is read only then",
+        )
+    if values.get("lmbda"):
+        yield (
+            "lmbda",
+            "must be 0 with teacher_logits: stored; the teacher reads what the student writes only online",
+        )
+    if values.get("teacher_sharding") == "sharded":
+        yield (
+            "teacher_sharding",
+            "must be replicated with teacher_logits: stored; before training each process has the teacher read its own "
+            "share of the completions, and in training the teacher is not in memory",
         )
 
 

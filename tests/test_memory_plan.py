@@ -38,8 +38,9 @@ def arguments(method="sft", student=(), teacher=(), prompt=48, **training) -> Ar
 
 
 def planner(given: Arguments, student, teacher, device_type="cpu", lengths=None) -> Planner:
-    memory = methods.load(given.run.method).memory
-    return Planner(given, student, teacher, memory, device_type, lengths)
+    method = methods.load(given.run.method)
+    keeps = method.keeps_teacher(given)
+    return Planner(given, student, teacher, method.memory, device_type, lengths, keeps)
 
 
 def llama(layers, **changes) -> LlamaConfig:
@@ -326,6 +327,19 @@ def test_a_served_teacher_takes_nothing_here():
     for found in planner(given, llama(3), llama(3)).plan().phases:
         assert not any(part.startswith("teacher") for part in found.parts)
     assert "KV cache" not in phase(planner(given, llama(3), llama(3)).plan(), "generate").parts
+
+
+def test_a_teacher_whose_logits_are_stored_is_let_go_of_before_training():
+    logits = {name: {"teacher_logits": name} for name in ("online", "stored")}
+    found = {
+        name: planner(arguments("logit_kd", **given), llama(3), llama(5)).plan()
+        for name, given in logits.items()
+    }
+    for name in PHASES:
+        weights = [phase(found[each], name).parts.get("teacher weights") for each in logits]
+        assert weights[0] > 0
+        assert weights[1] == (None if name == "train" else weights[0])
+    assert "teacher activations" not in phase(found["stored"], "train").parts
 
 
 # --- the meter

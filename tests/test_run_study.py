@@ -277,6 +277,30 @@ def test_every_teacher_completion_is_drawn_once(tmp_path, teacher_folder, model_
 
 
 @pytest.mark.slow
+def test_a_second_study_over_the_same_prompts_asks_the_teacher_nothing(
+    tmp_path, teacher_folder, model_cache
+):
+    """Neither to write nor, from stored logits, to read: of Logit-KD it is not even loaded."""
+    shared = PAIR["shared"] | {"completion_store": str(tmp_path / "completions.sqlite")}
+    stored = {"logit_kd": {"teacher_logits": "stored"}}
+    drawn = []
+    for folder, seed in ((tmp_path / "first", 1), (tmp_path / "second", 2)):
+        folder.mkdir()
+        write(folder, PAIR | {"shared": shared, "methods": stored, "seeds": [seed]})
+        overlay = write_tiny_overlay(folder, teacher_folder)
+        result = run_command(*words(folder, overlay))
+        assert result.returncode == 0, result.stdout
+        drawn.append(sorted(prompts_drawn(tmp_path)))
+    assert drawn[0] == drawn[1]
+    out = tmp_path / "second/out"
+    for name in ("sft-seed_2", "logit_kd-seed_2"):
+        assert entry(out, name)["tokens"]["generated_teacher"] == 0
+    log = (out / "logs/logit_kd-seed_2.log").read_text()
+    assert "the teacher was not needed" in log
+    assert "loading teacher" not in log
+
+
+@pytest.mark.slow
 def test_tokens_end_the_runs_of_two_processes_alike(tmp_path, teacher_folder, model_cache):
     write(tmp_path, PAIR | {"budget": {"completion_tokens": 150, "max_steps": 50}})
     overlay = write_tiny_overlay(tmp_path, teacher_folder)

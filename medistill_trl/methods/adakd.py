@@ -48,6 +48,13 @@ class AdaKDConfig(LogitKDConfig):
         "token_share_tolerance": {"above": 0, "below": 1},
         "loss_average_decay": {"min": 0, "below": 1},
     }
+    REQUIRES = {
+        "teacher_logits": (
+            "online",
+            "each token has a temperature of its own, which follows the student, and the tail is stored at one",
+        )
+    }
+    UNUSED = {"teacher_logits_top_k": "the teacher's logits are never stored"}
 
     temperature_rule: str = field(
         default="inverse_confidence",

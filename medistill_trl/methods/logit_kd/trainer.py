@@ -1,32 +1,16 @@
-"""Logit-KD: match the teacher's next-token distribution on each token the teacher writes.
-
-    L = Σ_t (1−α) CE_t + α T² D(p_T, p_S; T)_t   over completion tokens, divided by their number
-
-with D the forward KL by default (Hinton et al. 2015, arXiv 1503.02531; the report's α and T). A fraction
-`lmbda` of the completions may come from the student itself (GKD, arXiv 2306.13649): these have no
-right tokens, so they carry the divergence alone.
-
-`GKDTrainer` gives the construction, the collation hooks and the sampling keys. Not used of it: its loss
-(no CE, no T², whole logits) and its way to draw completions (per micro-batch, normalised by other tokens).
-"""
+"""The trainer of Logit-KD, which AdaKD's builds on, with the teacher at hand."""
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from medistill_trl.arguments import ChunkArguments, CompletionArguments, CoverageArguments
 from medistill_trl.coverage import Coverage
-from medistill_trl.errors import UserError
-from medistill_trl.inputs import Loaded
-from medistill_trl.losses import divergences
 from medistill_trl.losses.comparisons import Comparison, SpanComparison, TokenComparison
 from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.overlap import Fold
@@ -34,65 +18,9 @@ from medistill_trl.losses.span_kl import Reading, SpanBatch
 from medistill_trl.losses.token_kl import completion_states
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.losses.token_terms import TemperatureRule
-from medistill_trl.memory.losses import Distillation
-from medistill_trl.methods import Method
-from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
+from medistill_trl.pair_writer import PairWriter
 from medistill_trl.prompts import IGNORED
-from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import Completion, Sampling, complete, complete_in_parts, window_seed
-
-
-@dataclass
-class LogitKDConfig(CompletionArguments, ChunkArguments, CoverageArguments, GKDConfig):
-    """`trl.experimental.gkd.GKDConfig` plus the loss. `beta` is the jsd's, `temperature` and
-    `max_new_tokens` are of the student's own completions (`lmbda` > 0)."""
-
-    LIMITS = {  # see schema.py
-        "alpha": {"min": 0, "max": 1},
-        "kd_temperature": {"above": 0},
-        "skew": {"above": 0, "below": 1},
-        "lmbda": {"min": 0, "max": 1},
-    }
-
-    alpha: float = field(
-        default=0.5,
-        metadata={"help": "Weight of the divergence; 1 - alpha is the cross-entropy's."},
-    )
-    kd_temperature: float = field(
-        default=2.0,
-        metadata={"help": "Softmax temperature T of the divergence, which is scaled by T²."},
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "forward_kl KL(T‖S), reverse_kl KL(S‖T), jsd (with beta), skew_kl and "
-            "skew_reverse_kl (with skew).",
-            "choices": ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"],
-        },
-    )
-    skew: float = field(
-        default=0.1, metadata={"help": "Share mixed in by the skew divergences (DistiLLM)."}
-    )
-    lmbda: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of completions the student writes itself (GKD's λ); 0 is the report."
-        },
-    )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature of the student's own completions."}
-    )
-
-    def __post_init__(self):
-        self.dataset_kwargs = {"skip_prepare_dataset": True}
-        self.remove_unused_columns = False
-        super().__post_init__()
-
-    def divergence_function(self) -> divergences.Divergence:
-        if self.divergence == "jsd":
-            return divergences.by_name("jsd", beta=self.beta)
-        skewed = self.divergence in ("skew_kl", "skew_reverse_kl")
-        return divergences.by_name(self.divergence, **({"skew": self.skew} if skewed else {}))
 
 
 class LogitKDTrainer(GKDTrainer):
@@ -104,6 +32,7 @@ class LogitKDTrainer(GKDTrainer):
     """
 
     _name = "Logit-KD"
+    asks_teacher = True  # for its states, at every step
 
     def __init__(self, *args, writer: PairWriter, **kwargs):
         # Without `GKDTrainer`'s, which would have DeepSpeed make an engine of a teacher of its own.
@@ -116,7 +45,6 @@ class LogitKDTrainer(GKDTrainer):
         if self.args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.writer = writer
-        self.teacher_model = writer.teacher.model
         self.fold = None
         if writer.tokenizers is not None:
             self.fold = Fold.of(writer.tokenizers.overlap, self.args.device)
@@ -125,8 +53,11 @@ class LogitKDTrainer(GKDTrainer):
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._coverage = Coverage(self.args.min_coverage, self.is_world_process_zero())
-        for model in (self.accelerator.unwrap_model(self.model), writer.teacher.model):
-            OutputHead.of(model).check(model)
+        student = self.accelerator.unwrap_model(self.model)
+        OutputHead.of(student).check(student)
+        if self.asks_teacher:
+            self.teacher_model = writer.teacher.model
+            OutputHead.of(self.teacher_model).check(self.teacher_model)
 
     # --- completions -----------------------------------------------------------------------------
 
@@ -260,43 +191,3 @@ class LogitKDTrainer(GKDTrainer):
         means = self._means[self._mode].take(self.accelerator)
         self._coverage.check(means)
         super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
-
-
-def check(arguments: Arguments, loaded: Loaded) -> None:
-    """Refuse what would have processes wait for each other: how many completions are the student's is chance."""
-    plugin, lmbda = arguments.training.deepspeed_plugin, arguments.training.lmbda
-    if plugin is not None and plugin.zero_stage == 3 and lmbda > 0:
-        raise UserError(
-            f"lmbda: must be 0 under ZeRO-3, where all processes have to write equally often, got {lmbda}; take "
-            "--config_file accelerate_configs/zero2.yaml, or method: on_policy"
-        )
-
-
-def build(setting: Setting) -> LogitKDTrainer:
-    """The trainer, with stored completions drawn if the recipe asks for them."""
-    return build_with(LogitKDTrainer, setting)
-
-
-def build_with(trainer: type[LogitKDTrainer], setting: Setting) -> LogitKDTrainer:
-    """`build`, for a subclass."""
-    writer = PairWriter.of(setting)
-    return trainer(
-        model=setting.student,
-        args=setting.arguments.training,
-        train_dataset=Dataset.from_list(training_rows(setting, writer)),
-        eval_dataset=Dataset.from_list(heldout_rows(setting, writer)),
-        writer=writer,
-    )
-
-
-METHOD = Method(
-    name="logit_kd",
-    config=LogitKDConfig,
-    teacher_access="white_box",
-    build=build,
-    paper="arXiv 1503.02531",
-    memory=Distillation(),
-    across_tokenizers=True,
-    check=check,
-    shards_teacher=True,
-)
