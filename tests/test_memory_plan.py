@@ -133,6 +133,20 @@ def test_what_methods_hold_besides_is_planned():
     assert held("ppo")["value head"] == pytest.approx(4 * 65)
 
 
+def test_bond_is_planned_for_the_samples_that_carry_weight():
+    def trained(rows, **training):
+        given = arguments("bond", per_device_train_batch_size=8, **training)
+        return methods.load("bond").memory.trained_rows(given, rows)
+
+    assert trained(8, num_samples=4, gradient_accumulation_steps=1) == 2
+    assert trained(8, num_samples=4, gradient_accumulation_steps=2) == 4
+    assert trained(8, num_samples=4, gradient_accumulation_steps=8) == 8
+    once = {"num_samples": 4, "gradient_accumulation_steps": 1}
+    assert trained(8, objective="jeffreys", **once) == 4
+    assert trained(8, objective="rank_policy_gradient", **once) == 8
+    assert trained(2, **once) == 1
+
+
 # --- what comes and goes: real training steps
 
 SLOW = pytest.mark.slow
@@ -145,8 +159,8 @@ CASES = [
     pytest.param("sft", {"lora": True}, marks=SLOW),
     pytest.param("logit_kd", {"lora": True}, marks=SLOW),
     pytest.param("adakd", {}, marks=SLOW),
-    pytest.param("cot", {"lora": True}, marks=SLOW),
-    pytest.param("on_policy", {"lora": True}, marks=SLOW),
+    pytest.param("cot", {"lora": True, "rationale_max_new_tokens": 64}, marks=SLOW),
+    pytest.param("on_policy", {"lora": True, "num_generations": 2}, marks=SLOW),
     pytest.param("bond", {"num_samples": 4}, marks=SLOW),
     pytest.param("ppo", {"lora": True, "num_ppo_epochs": 1}, marks=SLOW),
 ]
@@ -315,6 +329,16 @@ def test_models_of_other_vocabularies_are_planned_as_of_other_tokenizers():
 
     few_more, many_more = loss(610), loss(6100)
     assert many_more > few_more + 4 * 64 * (6100 - 610)
+
+
+@pytest.mark.parametrize("own", [1, 2])
+def test_micro_batches_of_one_row_have_no_padding_and_no_part_in_the_line(own):
+    given = arguments("sft", per_device_train_batch_size=own)
+    found = planner(given, llama(3), llama(3))
+    one, two, four, six = (found.train(rows, False) for rows in (1, 2, 4, 6))
+    part = "student activations"
+    assert 2 * one.parts[part] < 0.97 * two.parts[part]
+    assert six.gb - four.gb == pytest.approx(four.gb - two.gb, rel=1e-6)
 
 
 def test_a_device_keeps_room_for_what_is_not_planned():

@@ -53,6 +53,10 @@ class CrossEntropy:
         """Of the longest completion that is trained on."""
         return arguments.teacher.teacher_max_new_tokens
 
+    def trained_rows(self, arguments: Arguments, rows: int) -> int:
+        """Of micro-batches of so many rows, those that are trained on, at most."""
+        return rows
+
     def student_rows(self, arguments: Arguments) -> int:
         """Prompts the student answers at a time; 0 where it writes nothing."""
         return 0

@@ -142,8 +142,12 @@ class Planner:
         )
 
     def train(self, rows: int, checkpointing: bool) -> Phase:
-        """Of micro-batches of so many rows; more than the recipe's are continued on a line, as layers are."""
-        own = self.arguments.training.per_device_train_batch_size
+        """Of micro-batches of so many rows; more than the recipe's are continued on a line, as layers are. The line
+        begins at two rows, since one has no padding."""
+        own = self.memory.trained_rows(
+            self.arguments, self.arguments.training.per_device_train_batch_size
+        )
+        own, rows = max(2, own), self.memory.trained_rows(self.arguments, rows)
         if rows <= own:
             return self._phase(TRAIN, self.training_peaks(rows, checkpointing))
         points = {n: self.training_peaks(n, checkpointing) for n in (own, 2 * own)}

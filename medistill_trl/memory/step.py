@@ -97,13 +97,14 @@ class Step:
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
     def inputs(self, rows: int) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, (B, T); as if one example were a token shorter, since batches have
-        padding nearly always, and attention takes more memory with a mask."""
+        """`input_ids`, `attention_mask` and `labels`, (B, T); as if one example of several were a token shorter, since
+        such batches have padding nearly always, and attention takes more memory with a mask."""
         shape = rows, self.lengths.total
         mask = torch.ones(shape, dtype=torch.long)
         labels = torch.ones(shape, dtype=torch.long)
         labels[:, : self.lengths.prompt] = IGNORED
-        mask[0, -1], labels[0, -1] = 0, IGNORED
+        if rows > 1:
+            mask[0, -1], labels[0, -1] = 0, IGNORED
         return {
             "input_ids": torch.ones(shape, dtype=torch.long),
             "attention_mask": mask,

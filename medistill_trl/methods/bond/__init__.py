@@ -16,6 +16,7 @@ The trainer is that of on-policy distillation with other weights: sampling, scor
 logits, resuming and the log are its. Its credit (gamma, baseline) and its reuse of samples are not used.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from medistill_trl.errors import UserError
 from medistill_trl.inputs import Loaded
 from medistill_trl.memory.losses import Policy
 from medistill_trl.methods import Method, on_policy
-from medistill_trl.methods.bond.trainer import BondTrainer
+from medistill_trl.methods.bond.trainer import BondTrainer, fresh_samples
 from medistill_trl.methods.on_policy import OnPolicyConfig, build_with
 from medistill_trl.setting import Arguments, Setting
 from medistill_trl.teacher import DRAWS_PER_STEP
@@ -170,7 +171,19 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
 
 @dataclass(frozen=True)
 class AnchoredPolicy(Policy):
-    """And BOND's anchor, a second adapter in float32."""
+    """And BOND's anchor, a second adapter in float32; samples of weight 0 are not trained on."""
+
+    def trained_rows(self, arguments, rows):
+        args, steps = arguments.training, arguments.training.gradient_accumulation_steps
+        if args.objective == "rank_policy_gradient":
+            return rows
+        # As many as the process has rows of prompts: a winner of each, and beside it what the student draws afresh.
+        prompts = max(
+            len(fresh_samples(process, rows * steps, args.num_samples))
+            for process in range(args.world_size)
+        )
+        kept = 2 * prompts if args.objective == "jeffreys" else prompts
+        return min(kept, max(rows, math.ceil(kept / steps)))
 
     def copies(self, arguments):
         return {"anchor": 4} if arguments.training.keeps_anchor else {}
