@@ -27,7 +27,11 @@ COST_KEYS = (
     "method", "teacher_model", "student_model", "student_keep_layers", "use_lora", "student_load_in_4bit",
     "per_device_train_batch_size", "gradient_accumulation_steps", "teacher_max_new_tokens",
 )  # fmt: skip
-PACE = "teacher_batch_size"  # changes how fast the teacher writes, not what
+# How the teacher works, and what else is asked of it: not what it writes.
+NOT_ITS_WORDS = {
+    "teacher_batch_size", "teacher_sharding", "teacher_logits", "teacher_logits_top_k",
+    "teacher_url", "teacher_timeout", "teacher_wait", "teacher_requests_in_flight",
+}  # fmt: skip
 # How many completions are drawn: fewer of them are the first of more.
 AMOUNTS = ("max_train_samples", "num_completions", "num_rationales")
 NEEDED = {"steps", "seconds_drawing", "teacher_use"}  # of a record
@@ -35,8 +39,9 @@ NEEDED = {"steps", "seconds_drawing", "teacher_use"}  # of a record
 
 def asking(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What the teacher's completions depend on, besides the prompts: runs with the same share them."""
-    asked = [k for k in recipe if (k.startswith("teacher_") or "rationale" in k) and k != PACE]
-    return {**{key: recipe[key] for key in asked}, "trains on": trains_on(recipe["method"])}
+    named = {key for key in recipe if key.startswith("teacher_") or "rationale" in key}
+    asked = {key: recipe[key] for key in sorted(named - NOT_ITS_WORDS)}
+    return {**asked, "trains on": trains_on(recipe["method"])}
 
 
 @dataclass(frozen=True)
