@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from conftest import make_model
+from safetensors import safe_open
 
 from medistill_trl import disk, teacher_logits
 from medistill_trl.errors import NonFinite, RunFailed, UserError
@@ -135,6 +136,15 @@ def test_each_is_made_once_and_the_longest_first(tmp_path):
     assert lengths == sorted(lengths, reverse=True)
     assert len(lengths) == len(EXAMPLES)
     assert keys[-4:] == keys[:4]
+
+
+def test_several_files_hold_each_completion_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_logits, "CHUNK_TOKENS", 40)
+    logits, keys = fill(tmp_path, Producer())
+    lengths = [safe_open(path, framework="numpy").get_tensor("lengths") for path in files(tmp_path)]
+    assert len(lengths) > 1
+    assert sum(map(len, lengths)) == len(EXAMPLES)
+    assert logits.num_tokens == sum(len(logits.get(key).ids) for key in keys)
 
 
 def test_a_completion_without_tokens_has_no_rows(tmp_path):

@@ -9,6 +9,7 @@ backward            the whole weight in the dtype of the gradient
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import nn
 BLOCK, SCALES_PER_BLOCK = 64, 256
 
 
-class QuantisedLinear(nn.Linear):
+class QuantisedLinear(nn.Linear, ABC):
     """Base of both; PEFT adapts it as any linear layer."""
 
     def __init__(self, linear: nn.Linear, weight: torch.Tensor, scales: list[torch.Tensor]):
@@ -34,8 +35,9 @@ class QuantisedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Product.apply(x, self)
 
+    @abstractmethod
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """What `forward` computes, and what of it lives meanwhile."""
 
 
 class Linear4bit(QuantisedLinear):

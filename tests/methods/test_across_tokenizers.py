@@ -10,12 +10,12 @@ from tiny_setting import PROMPTS, check, logged, make_form, make_setting, train
 from two_tokenizers import permuted
 
 from medistill_trl import methods
-from medistill_trl.coverage import Coverage, span_counts
+from medistill_trl.coverage import span_counts
 from medistill_trl.errors import UserError
 from medistill_trl.prompt_spans import prompt_spans
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.rewards import TeacherReward
-from medistill_trl.rollouts import Sample, encode_sample, summary
+from medistill_trl.rollouts import Sample, encode_sample
 from medistill_trl.span_pairs import encode_span_pair
 from medistill_trl.spans import TokenizerPair
 from medistill_trl.teacher import Completion, completion_log_probs
@@ -302,27 +302,6 @@ def test_the_share_in_spans_is_of_the_students_tokens(tmp_path):
     assert trainer._means["train"]["spans"].take(trainer.accelerator) == {
         "span_share": pytest.approx(inside / tokens)
     }
-
-
-def test_the_share_of_samples_is_over_all_their_tokens():
-    drawn = [Sample("Why?", Completion("x", [1] * n, finished=False)) for n in (6, 2, 0)]
-    found = summary(drawn, torch.zeros(3), {}, {}, tokens_in_spans=[3, 2, 0])
-    assert found["span_share"] == pytest.approx(5 / 8)
-    assert "span_share" not in summary(drawn, torch.zeros(3), {}, {})
-
-
-def test_low_coverage_is_said_once_and_by_one_process(caplog):
-    means = {"span_share": 0.25, "loss": 0.1}
-    one, other = Coverage(0.3, says=True), Coverage(0.3, says=False)
-    for _ in range(2):
-        one.check(means | {"span_share": 0.3})
-        one.check({"loss": 0.1})
-    assert not caplog.records
-    for _ in range(2):
-        one.check(means)
-        other.check(means)
-    (said,) = caplog.records
-    assert "span_share 0.25, below min_coverage 0.3" in said.getMessage()
 
 
 @pytest.mark.parametrize("method", ["fitnets", "attention", "on_policy", "ppo"])

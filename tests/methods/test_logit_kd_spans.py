@@ -243,5 +243,8 @@ def test_a_batch_counts_rows_over_all_examples(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["logit_kd", "adakd"])
-def test_a_pair_may_be_taken(tmp_path, method):
-    check(make_setting(tmp_path, method))
+def test_a_pair_of_two_tokenizers_is_not_refused(tmp_path, method):
+    setting = make_setting(tmp_path, method)
+    assert setting.heldout.shared is None  # they do differ
+    assert methods.load(method).across_tokenizers  # which `pipeline` asks before
+    check(setting)  # refuses what it does not take
