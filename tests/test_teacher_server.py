@@ -1,5 +1,6 @@
 """The client of a completion server: order, back-pressure, retries, and words for what goes wrong."""
 
+import asyncio
 import logging
 import random
 import time
@@ -52,6 +53,22 @@ def test_every_answer_is_that_of_its_question_however_late_it_comes(server):
 def test_no_more_requests_are_under_way_than_allowed(server, in_flight):
     ask_all(client(server, in_flight=in_flight), numbers(12, pause=0.01))
     assert server.most == in_flight
+
+
+def test_no_more_questions_are_begun_than_allowed(server):
+    """Without HTTP, whose pool of connections would hold back the rest."""
+    under_way, most = 0, 0
+
+    async def ask(asking, number):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001 * (number % 5))
+        under_way -= 1
+
+    for _ in client(server, in_flight=3).each(ask, range(20)):
+        pass
+    assert most == 3
 
 
 def test_nothing_is_asked_ahead_of_who_takes_the_answers(server):
