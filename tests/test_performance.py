@@ -70,17 +70,17 @@ def test_overhead_is_the_share_of_a_step_and_paired():
 def test_the_table_says_what_holds_and_what_does_not():
     text = document.steps(
         {
-            "sft": found_steps("sft", [1.1, 1.1], [1.0, 1.0]),
+            "fitnets": found_steps("fitnets", [1.1, 1.1], [1.0, 1.0]),
             "logit_kd": found_steps("logit_kd", [1.2, 1.2], [1.0, 1.0]),
         }
     )
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "| 9.1% | holds | 2.00 | 1.00 | – | – | – |" in rows["| sft"]
+    assert "| 9.1% | holds | 2.00 | 1.00 | – | – | – |" in rows["| fitnets"]
     assert "| 16.7% | **does not hold** |" in rows["| logit_kd"]
     assert "| GKDTrainer | 0.45 (0.40–0.50) | 0.25 |" in rows["| logit_kd"]
     assert len({line.count("|") for line in rows.values()}) == 1
-    assert "- sft: student forward and backward" in text
-    assert "- sft: the loss is SFTTrainer's own" in text
+    assert "- fitnets: teacher forward up to its last mapped layer" in text
+    assert "- fitnets: SFTTrainer has no teacher" in text
     assert "- logit_kd: GKD" not in text
 
 

@@ -282,7 +282,9 @@ def test_alpha_zero_needs_no_teacher():
     loss, sums = distillation_loss(pair.student_hidden, pair.targets, pair.student_head, alpha=0.0)
     expected = F.cross_entropy(pair.logits()[0], pair.targets, reduction="sum")
     assert_same(pair, loss, expected)
-    assert set(sums) == {"ce", "student_entropy", "tokens"}
+    assert set(sums) == {"ce", "student_entropy", "correct", "tokens"}
+    right = pair.logits()[0].argmax(-1) == pair.targets
+    assert sums["correct"] == right.sum()
 
 
 def test_evaluation_stores_nothing(monkeypatch):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from trl import DPOTrainer, GRPOTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from benchmarks.performance.bare_steps import Batch, Taken
@@ -25,6 +25,14 @@ def gkd(taken: Taken, batch: Batch) -> torch.Tensor:
     )
     return GKDTrainer.compute_loss(
         trainer, taken.setting.student, batch, num_items_in_batch=taken.num_items
+    )
+
+
+def sft(taken: Taken, batch: Batch) -> torch.Tensor:
+    """The default of SFTTrainer, chunked, with what it logs."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return SFTTrainer.compute_loss(
+        taken.trainer, taken.setting.student, inputs, num_items_in_batch=taken.num_items
     )
 
 
@@ -60,16 +68,16 @@ def samples_for_grpo(batch: Batch, pad_token_id: int) -> Batch:
 
 
 TRL: dict[str, Callable[[Taken, Batch], torch.Tensor]] = {
+    "sft": sft,
+    "cot": sft,
     "logit_kd": gkd,
     "adakd": gkd,
     "spin": dpo,
     "on_policy": grpo,
 }
-NAMES = {gkd: "GKDTrainer", dpo: "DPOTrainer", grpo: "GRPOTrainer"}
+NAMES = {sft: "SFTTrainer", gkd: "GKDTrainer", dpo: "DPOTrainer", grpo: "GRPOTrainer"}
 # Method → why there is nothing to compare its loss with.
 WHY_NOT = {
-    "sft": "the loss is SFTTrainer's own",
-    "cot": "the loss is SFTTrainer's own",
     "fitnets": "SFTTrainer has no teacher",
     "attention": "SFTTrainer has no teacher",
     "bond": "GRPOTrainer learns from all N samples, BOND from one",

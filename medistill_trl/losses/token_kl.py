@@ -5,7 +5,7 @@
 over completion tokens t, with CE at temperature 1 and the divergence D between the two models'
 distributions at temperature T_t (Hinton et al. 2015, arXiv 1503.02531). `chunked` says how.
 
-Sums for the log: `tokens`, `ce`, `student_entropy` and, if α > 0, `teacher_entropy`, `kl` (forward, at temperature
+Sums for the log: `tokens`, `ce`, `student_entropy`; if α = 0, `correct` (the target is the likeliest token); if α > 0, `teacher_entropy`, `kl` (forward, at temperature
 1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token), with a fold
 `teacher_shared_mass` (the teacher's probability of tokens that both have); and if temperatures differ,
 `temperature` (sum), `temperature_min`, `temperature_max`, and for a rule with bounds `clipped_low`,
@@ -109,6 +109,23 @@ def distillation_loss(
     sums = sums_for_log(terms, temperature) if metrics else {}
     sums["tokens"] = torch.tensor(float(len(targets_N)), device=loss.device)
     return loss, sums
+
+
+def cross_entropy(
+    hidden_BTH: torch.Tensor,
+    labels_BT: torch.Tensor,
+    head: OutputHead,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Σ over completion tokens of −log p_S, to be divided by the caller, and sums for the log.
+
+    Args:
+        hidden_BTH, labels_BT: As in `completion_states`.
+        head: The student's.
+        chunk_size: Tokens whose logits exist at a time.
+    """
+    states_NH, targets_N = completion_states(hidden_BTH, labels_BT)
+    return distillation_loss(states_NH, targets_N, head, alpha=0.0, chunk_size=chunk_size)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 NAMES = {
     "agreed": "top1",
     "ce": "ce_nats",
+    "correct": "mean_token_accuracy",
     "kl": "kl_nats",
     "divergence": "divergence_nats",
     "student_entropy": "student_entropy_nats",

@@ -72,6 +72,7 @@ class Objective:
         """The quantities kept per token."""
         names = ["ce"] if self.alpha < 1 or self.metrics else []
         names += ["student_entropy"] if self.metrics else []
+        names += ["correct"] if self.alpha == 0 and self.metrics else []
         names += ["divergence", "temperature"] if self.alpha > 0 else []
         names += ["kl", "teacher_entropy", "agreed"] if self.alpha > 0 and self.metrics else []
         names += ["teacher_shared_mass"] if "kl" in names and self.fold is not None else []
@@ -110,8 +111,10 @@ class Objective:
         """
         student = Distribution.of(student_RV)
         if "ce" in terms:
-            log_target_R1 = student.shifted.gather(1, targets_R[:, None]) - student.log_norm
-            terms["ce"][tokens] = -log_target_R1[:, 0]
+            target_R1 = student.shifted.gather(1, targets_R[:, None])
+            terms["ce"][tokens] = (student.log_norm - target_R1)[:, 0]
+            if "correct" in terms:  # shifted logits are 0 at the likeliest token
+                terms["correct"][tokens] = (target_R1[:, 0] == 0).to(terms["correct"].dtype)
         if "student_entropy" in terms:
             terms["student_entropy"][tokens] = student.entropy()
         if self.alpha == 0:

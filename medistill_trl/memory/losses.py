@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _chunked_cross_entropy_loss
 
 from medistill_trl.heldout import compare_logits
-from medistill_trl.layers import base_model
+from medistill_trl.losses import token_kl
 from medistill_trl.losses.heads import OutputHead
 from medistill_trl.losses.overlap import Fold, Side
 from medistill_trl.losses.policy import policy_loss
 from medistill_trl.losses.span_kl import Reading, SpanBatch, span_distillation_loss
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_kl import distillation_loss
 from medistill_trl.memory.step import LOSS, STUDENT, TEACHER, Step
 from medistill_trl.rollouts import longest_completion
 from medistill_trl.setting import Arguments
@@ -31,7 +30,7 @@ SAME_VOCABULARY = 0.05
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """TRL's chunked cross-entropy; and what the others change.
+    """Cross-entropy; and what the others change.
 
     Args:
         evaluates: Whether `Trainer` takes the loss of held-out examples too.
@@ -78,25 +77,7 @@ class CrossEntropy:
             rows: Examples.
         """
         inputs = step.inputs(rows)
-        model = base_model(step.student)
-        with step.autocast():
-            with step.meter.label(STUDENT):
-                step.mark_moments()
-                hidden_BTH = model.base_model(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    use_cache=False,
-                ).last_hidden_state
-            step.follow(hidden_BTH)
-            with step.meter.label(LOSS):
-                head = model.get_output_embeddings()
-                return _chunked_cross_entropy_loss(
-                    hidden_BTH,
-                    head.weight,
-                    _CHUNKED_LM_HEAD_CHUNK_SIZE,
-                    labels=inputs["labels"],
-                    lm_head_bias=head.bias,
-                )[0]
+        return cross_entropy(step, step.student_hidden(inputs), inputs["labels"])
 
     def score(self, step: Step) -> None:
         """What is read without gradients: here the held-out check, a completion at a time."""
@@ -156,12 +137,9 @@ def _spans(tokens: int) -> SpanBatch:
 
 def cross_entropy(step: Step, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """Of `losses.token_kl` without a teacher."""
+    chunk = step.arguments.training.loss_chunk_size
     with step.meter.label(LOSS), step.autocast():
-        states_NH, targets_N = completion_states(hidden_BTH, labels_BT)
-        chunk = step.arguments.training.loss_chunk_size
-        return distillation_loss(
-            states_NH, targets_N, step.student_head, alpha=0.0, chunk_size=chunk
-        )[0]
+        return token_kl.cross_entropy(hidden_BTH, labels_BT, step.student_head, chunk)[0]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,16 @@ from itertools import islice
 
 import torch
 from datasets import Dataset
+from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from medistill_trl.arguments import CompletionArguments
+from medistill_trl.arguments import ChunkArguments, CompletionArguments
 from medistill_trl.checkpoints import Totals
 from medistill_trl.data import Prompt
+from medistill_trl.losses.heads import OutputHead, states_before_head
+from medistill_trl.losses.token_kl import cross_entropy
+from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods import Method
 from medistill_trl.prompts import PromptFormat, encode_example
 from medistill_trl.setting import Setting
@@ -34,7 +38,7 @@ from medistill_trl.teacher import (
 
 
 @dataclass
-class SFTDistillConfig(CompletionArguments, SFTConfig):
+class SFTDistillConfig(CompletionArguments, ChunkArguments, SFTConfig):
     """`trl.SFTConfig` plus what distillation adds."""
 
     def __post_init__(self):
@@ -81,6 +85,19 @@ class SFTDistillTrainer(SFTTrainer):
         self.sampling = sampling
         self.teacher_batch_size = teacher_batch_size
         self.totals = totals
+        self._means = TokenMeans()
+        # TRL's default loss checkpoints each chunk, so the output head runs twice: ours does without. Other losses are
+        # TRL's own, and where weights are sharded by FSDP2, a head is only whole within the model's forward.
+        self.own_loss = (
+            self.args.loss_type == "chunked_nll"
+            and not self.aux_loss_enabled
+            and not self.is_fsdp_enabled
+        )
+        if self.own_loss:
+            # compute_loss divides by the window's tokens itself: Trainer must not divide by its steps.
+            self.model_accepts_loss_kwargs = True
+            student = self.accelerator.unwrap_model(self.model)
+            OutputHead.of(student).check(student)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -111,6 +128,27 @@ class SFTDistillTrainer(SFTTrainer):
             for row, c in zip(rows, completions, strict=True)
         )
         return [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self.own_loss and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        student = self.accelerator.unwrap_model(model)
+        hidden_BTH, _ = states_before_head(model, student, inputs)
+        with self.accelerator.autocast():
+            total, sums = cross_entropy(
+                hidden_BTH, inputs["labels"], OutputHead.of(student), self.args.loss_chunk_size
+            )
+        self._means.add(sums)
+        loss = total / num_items_in_batch.clamp_min(1)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+        return (loss, ModelOutput()) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over tokens since the last log."""
+        if self.model.training:
+            logs = logs | self._means.take(self.accelerator)
+        super().log(logs, start_time)
 
 
 def build(setting: Setting) -> SFTDistillTrainer:

@@ -60,6 +60,42 @@ def test_the_first_loss_is_the_cross_entropy_of_the_teachers_tokens(tmp_path):
     assert setting.totals.trained == tokens
 
 
+def test_the_loss_is_trls_own_in_value_gradient_and_log(tmp_path):
+    """With chunks of a few tokens, so that there are several."""
+    runs = {}
+    for own in (True, False):
+        changes = {"max_steps": 3, "learning_rate": 0.5, "loss_chunk_size": 5}
+        trainer = methods.load("sft").build(make_setting(tmp_path / f"{own}", **changes))
+        assert trainer.own_loss
+        trainer.own_loss = own
+        trainer.train()
+        runs[own] = trainer
+    ours, trls = ([e for e in t.state.log_history if "loss" in e] for t in runs.values())
+    for mine, other in zip(ours, trls, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert mine["ce_nats"] == pytest.approx(other["loss"], rel=1e-4)
+    # TRL's are means of the micro-batches' means: alike where one step has one micro-batch.
+    one = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    for own in (True, False):
+        trainer = methods.load("sft").build(make_setting(tmp_path / f"one_{own}", **one))
+        trainer.own_loss = own
+        trainer.train()
+        runs[own] = next(e for e in trainer.state.log_history if "loss" in e)
+    assert runs[True]["mean_token_accuracy"] == pytest.approx(runs[False]["mean_token_accuracy"])
+    assert runs[True]["student_entropy_nats"] == pytest.approx(runs[False]["entropy"], rel=1e-4)
+
+
+def test_another_loss_of_trl_is_trls(tmp_path):
+    """DFT weighs each token by its probability, so its loss is another one."""
+    first = {}
+    for kind in ("chunked_nll", "nll", "dft"):
+        _, trainer, _ = trained(tmp_path / kind, max_steps=1, loss_type=kind)
+        first[kind] = logged(trainer)[0]
+    assert first["nll"] == pytest.approx(first["chunked_nll"], rel=1e-5)
+    assert first["dft"] < first["nll"] / 2
+
+
 @pytest.mark.parametrize("mode", ["online", "stored"])
 def test_accumulating_one_by_eight_is_eight_by_one(tmp_path, mode):
     """Same gradients: after one SGD step the weights agree to float tolerance."""

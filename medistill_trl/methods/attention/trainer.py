@@ -16,7 +16,7 @@ from medistill_trl.layers import run_through
 from medistill_trl.losses.attention import AttentionInputs, attention_loss
 from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.span_attention import span_attention_loss, span_rows
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_kl import cross_entropy
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.attention.capture import captured_attention, check_attention
 from medistill_trl.pair_writer import PairWriter
@@ -143,14 +143,9 @@ class AttentionTrainer(SFTTrainer):
         self, student, hidden_BTH: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Summed over completion tokens."""
-        states_NH, targets_N = completion_states(hidden_BTH, inputs["labels"])
         with self.accelerator.autocast():
-            loss, sums = distillation_loss(
-                states_NH,
-                targets_N,
-                OutputHead.of(student),
-                alpha=0.0,
-                chunk_size=self.args.loss_chunk_size,
+            loss, sums = cross_entropy(
+                hidden_BTH, inputs["labels"], OutputHead.of(student), self.args.loss_chunk_size
             )
         self._means[self._mode][0].add(sums)
         return loss

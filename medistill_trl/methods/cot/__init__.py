@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset
 from trl import SFTConfig
 
+from medistill_trl.arguments import ChunkArguments
 from medistill_trl.data import Prompt
 from medistill_trl.methods import Method
 from medistill_trl.methods.cot.examples import plain_example, training_examples
@@ -26,7 +27,7 @@ from medistill_trl.teacher import Sampling
 
 
 @dataclass
-class CoTConfig(SFTConfig):
+class CoTConfig(ChunkArguments, SFTConfig):
     """`trl.SFTConfig` plus how rationales are drawn, filtered, chosen and weighted."""
 
     REQUIRES = {  # see schema.py
@@ -45,7 +46,6 @@ class CoTConfig(SFTConfig):
         "top_k_rationales": {"min": 1},
         "rationale_weight": {"min": 0},
         "answer_weight": {"min": 0},
-        "loss_chunk_size": {"min": 1},
     }
 
     num_rationales: int = field(
@@ -133,10 +133,6 @@ class CoTConfig(SFTConfig):
         metadata={
             "help": "Weight on separator, answer and end, and on all tokens of a plain completion."
         },
-    )
-    loss_chunk_size: int = field(
-        default=256,
-        metadata={"help": "Tokens whose logits exist at a time (weights that differ)."},
     )
 
     def __post_init__(self):

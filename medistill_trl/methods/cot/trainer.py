@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from medistill_trl.checkpoints import Totals
 from medistill_trl.losses.heads import OutputHead, states_before_head
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_kl import cross_entropy
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.prompts import IGNORED, PromptFormat
 
@@ -42,12 +42,11 @@ class CoTTrainer(SFTTrainer):
         super().__init__(*args, data_collator=collator, processing_class=form.tokenizer, **kwargs)
         self.totals = totals
         self.uniform = self.args.rationale_weight == self.args.answer_weight
-        self._means = {"rationale": TokenMeans(), "answer": TokenMeans()}
-        if not self.uniform:
-            # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
-            self.model_accepts_loss_kwargs = True
-            student = self.accelerator.unwrap_model(self.model)
-            OutputHead.of(student).check(student)
+        self._means = {part: TokenMeans() for part in ("", "rationale_", "answer_")}
+        # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
+        self.model_accepts_loss_kwargs = True
+        student = self.accelerator.unwrap_model(self.model)
+        OutputHead.of(student).check(student)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -68,19 +67,14 @@ class CoTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask_BT = inputs.pop("rationale_mask")
-        if self.uniform or not model.training:  # evaluation is on plain completions
+        if not model.training:  # evaluation is on plain completions
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
         hidden_BTH, _ = states_before_head(model, student, inputs)
-        states_NH, targets_N = completion_states(hidden_BTH, inputs["labels"])
-        rationale_N = mask_BT[:, 1:][inputs["labels"][:, 1:] != IGNORED].bool()
-        parts = {
-            "rationale": (rationale_N, self.args.rationale_weight),
-            "answer": (~rationale_N, self.args.answer_weight),
-        }
+        parts = self._parts(inputs["labels"], mask_BT)
         loss = sum(
-            weight * self._cross_entropy(student, part, states_NH[rows], targets_N[rows])
-            for part, (rows, weight) in parts.items()
+            weight * self._cross_entropy(student, part, hidden_BTH, labels_BT)
+            for part, (labels_BT, weight) in parts.items()
         )
         # A window may hold nothing that has weight.
         loss = loss / num_items_in_batch.clamp_min(torch.finfo(torch.float32).tiny)
@@ -88,29 +82,37 @@ class CoTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
         return (loss, ModelOutput()) if return_outputs else loss
 
+    def _parts(
+        self, labels_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, float]]:
+        """What is weighed alike: prefix in the log → its labels and its weight."""
+        if self.uniform:
+            return {"": (labels_BT, 1.0)}
+        rationale_BT = mask_BT.bool()
+        return {
+            "rationale_": (labels_BT.where(rationale_BT, IGNORED), self.args.rationale_weight),
+            "answer_": (labels_BT.where(~rationale_BT, IGNORED), self.args.answer_weight),
+        }
+
     def _cross_entropy(
         self,
         student: PreTrainedModel,
         part: str,
-        states_NH: torch.Tensor,
-        targets_N: torch.Tensor,
+        hidden_BTH: torch.Tensor,
+        labels_BT: torch.Tensor,
     ) -> torch.Tensor:
         """The sum over one part's tokens."""
         with self.accelerator.autocast():
-            loss, sums = distillation_loss(
-                states_NH,
-                targets_N,
-                OutputHead.of(student),
-                alpha=0.0,
-                chunk_size=self.args.loss_chunk_size,
+            loss, sums = cross_entropy(
+                hidden_BTH, labels_BT, OutputHead.of(student), self.args.loss_chunk_size
             )
         self._means[part].add(sums)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, where weights differ, the means of each part's tokens since the last log."""
+        """Adds the means over tokens since the last log; where weights differ, of each part."""
         if self.model.training:
             for part, means in self._means.items():
                 taken = means.take(self.accelerator)
-                logs = logs | {f"{part}_{name}": value for name, value in taken.items()}
+                logs = logs | {f"{part}{name}": value for name, value in taken.items()}
         super().log(logs, start_time)

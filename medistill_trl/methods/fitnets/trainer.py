@@ -20,7 +20,7 @@ from medistill_trl.layers import captured, run_through
 from medistill_trl.losses.features import FeatureLoss
 from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.span_states import span_states
-from medistill_trl.losses.token_kl import completion_states, distillation_loss
+from medistill_trl.losses.token_kl import completion_states, cross_entropy
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.methods.fitnets.projections import (
     LeastSquares,
@@ -161,14 +161,9 @@ class FitNetsTrainer(SFTTrainer):
         self, student: PreTrainedModel, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor
     ) -> torch.Tensor:
         """The sum over completion tokens."""
-        states_NH, targets_N = completion_states(hidden_BTH, labels_BT)
         with self.accelerator.autocast():
-            loss, sums = distillation_loss(
-                states_NH,
-                targets_N,
-                OutputHead.of(student),
-                alpha=0.0,
-                chunk_size=self.args.loss_chunk_size,
+            loss, sums = cross_entropy(
+                hidden_BTH, labels_BT, OutputHead.of(student), self.args.loss_chunk_size
             )
         self._means[self._mode]["ce"].add(sums)
         return loss
