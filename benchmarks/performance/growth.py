@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from benchmarks import kd_variants
-from benchmarks.performance.steps import embedded_setting
+from benchmarks.performance.steps import embedded_setting, give_back_free_pages
 from benchmarks.performance.steps import measure as measure_steps
 from benchmarks.training_step import peak_during, say
 from medistill_trl import model_source, models
@@ -66,6 +66,8 @@ def shapes(repetitions: int, tiny: bool = False, sizes: list[tuple[int, int]] = 
                 start = time.process_time()
                 rival(bench)
                 seconds[name].append(time.process_time() - start)
+        bench.student.zero_grad(set_to_none=True)
+        give_back_free_pages()
         before, most = peak_during(lambda bench=bench: kd_variants.ours(bench))
         say(f"  {batch} × {tokens}: {seconds['step'][-1]:.2f} s, {(most - before) / 1e9:.2f} GB")
         counted = {name: values[1:] for name, values in seconds.items()}

@@ -195,11 +195,15 @@ def _loss_of(function: Callable) -> Callable[[Taken], None]:
 
 
 def _give_back_freed_blocks() -> None:
-    """From now on, those of 64 KB or more: the mark would otherwise tell of the allocator's habits."""
+    """Also from now on, those of 64 KB or more: the mark would otherwise tell of the allocator's habits."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
+    give_back_free_pages()
+
+
+def give_back_free_pages() -> None:
+    """To the system: what is taken again would not be seen in the resident size."""
     gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 65536)
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def of_method(method: str, work: Path, repetitions: int) -> dict:
