@@ -92,7 +92,7 @@ def token_sum(
     inputs = (student.hidden_NH, *student.head.parameters)
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
     with torch.no_grad():
-        terms, gradients = _evaluate(objective, student, teacher, targets_N, chunk_size, wanted)
+        terms, gradients = evaluate(objective, student, teacher, targets_N, chunk_size, wanted)
         loss = objective.total(terms)
     return (KnownGradients.apply(loss, gradients, *inputs) if any(wanted) else loss), terms
 
@@ -116,7 +116,7 @@ class KnownGradients(torch.autograd.Function):
         return None, None, *scaled
 
 
-def _evaluate(
+def evaluate(
     objective: Objective,
     student: Side,
     teacher: Side | None,
@@ -153,7 +153,7 @@ def _chunk(
     terms: dict[str, torch.Tensor],
     gradients: list[torch.Tensor | None],
 ) -> None:
-    """One chunk's share of `_evaluate`; a function of its own so that its logits are freed on return."""
+    """One chunk's share of `evaluate`; a function of its own so that its logits are freed on return."""
     track = any(gradient is not None for gradient in gradients)
     projection = student.project(chunk, track)
     student_CV = projection.logits_CV

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from medistill_trl.arguments import ChunkArguments
 from medistill_trl.methods import Method
 from medistill_trl.methods.spin.memory import PreferenceMemory
 from medistill_trl.methods.spin.schedule import Schedule
@@ -42,7 +43,7 @@ FIXED = {
 
 
 @dataclass
-class SpinConfig(DPOConfig):
+class SpinConfig(ChunkArguments, DPOConfig):
     """`trl.DPOConfig` plus the iterations. An epoch of the evaluation, save and logging strategies is an
     iteration."""
 

@@ -1,6 +1,6 @@
 """What SPIN does with a micro-batch, for the memory plan.
 
-Shapes: R completions, two of each of B examples, T tokens of one, V vocabulary.
+Shapes: R completions, two of each of B examples, T tokens of one, H hidden size.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 
 from medistill_trl.losses.preference import PairValues, sequence_log_probs, spin_loss
 from medistill_trl.memory.losses import CrossEntropy
-from medistill_trl.memory.step import LOSS, STUDENT, Step
+from medistill_trl.memory.step import LOSS, Step
 
 
 @dataclass(frozen=True)
 class PreferenceMemory(CrossEntropy):
-    """Two completions of each prompt with logits of the completions, of the policy and of its reference (`losses.preference`)."""
+    """Two completions of each prompt, read by the policy and its reference (`losses.preference`)."""
 
     evaluates: bool = False
 
@@ -39,17 +39,11 @@ class PreferenceMemory(CrossEntropy):
         return losses_B.sum()
 
     def _log_probs(self, step: Step, inputs: dict) -> PairValues:
-        kept = step.lengths.completion + 1  # logits from the last token of the prompts on
-        with step.meter.label(STUDENT):
-            step.mark_moments()
-            logits_RTV = step.student(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=kept,
-                use_cache=False,
-            ).logits
-        with step.meter.label(LOSS):
-            mask_RT = (inputs["labels"] >= 0).long()
-            ids_RT = inputs["input_ids"]
-            log_probs = sequence_log_probs(logits_RTV, ids_RT[:, -kept:], mask_RT[:, -kept:])
-        return PairValues(*log_probs.chunk(2))
+        hidden_RTH = step.student_hidden(inputs)
+        mask_RT = (inputs["labels"] >= 0).long()
+        chunk = step.arguments.training.loss_chunk_size
+        with step.meter.label(LOSS), step.autocast():
+            log_probs_R = sequence_log_probs(
+                hidden_RTH, inputs["input_ids"], mask_RT, step.student_head, chunk
+            )
+        return PairValues(*log_probs_R.chunk(2))

@@ -24,6 +24,7 @@ from medistill_trl.checkpoints import Totals, kept_dtypes
 from medistill_trl.data import Prompt
 from medistill_trl.errors import RunFailed
 from medistill_trl.files import write_text
+from medistill_trl.losses.heads import OutputHead, states_before_head
 from medistill_trl.losses.preference import PairValues, sequence_log_probs, spin_loss
 from medistill_trl.methods.spin import progress, reference, rounds
 from medistill_trl.methods.spin.rounds import Pair, RoundFile
@@ -81,6 +82,7 @@ class SpinTrainer(DPOTrainer):
             **kwargs,
         )
         student = self.accelerator.unwrap_model(self.model)
+        OutputHead.of(student).check(student)
         self.previous = reference.PreviousIterate(student, self.ref_model) if wanted else None
         self.schedule = schedule
         self.prompts = prompts
@@ -249,8 +251,8 @@ class SpinTrainer(DPOTrainer):
         before = None
         if self.previous is not None:
             with torch.no_grad(), self.previous.in_place() as frozen:
-                before = self._log_probs(frozen, inputs)
-        policy = self._log_probs(model, inputs)
+                before = self._log_probs(frozen, frozen, inputs)
+        policy = self._log_probs(model, self.accelerator.unwrap_model(model), inputs)
         losses_B, rewards = spin_loss(policy, before, self.beta)
         weights_B = inputs["weights"]
         self._add(policy, rewards, weights_B)
@@ -258,19 +260,25 @@ class SpinTrainer(DPOTrainer):
         scale = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
         return (losses_B * weights_B).sum() * scale
 
-    def _log_probs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> PairValues:
-        ids_RT, mask_RT = inputs["input_ids"], inputs["completion_mask"]
-        # The output head costs as much as several layers: none of it for what all rows have before their completions.
-        first = int(mask_RT.argmax(1).min())
-        kept = ids_RT.shape[1] - max(0, first - 1)
-        logits = model(
-            input_ids=ids_RT,
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=kept,
-            use_cache=False,
-        ).logits
-        log_probs = sequence_log_probs(logits, ids_RT[:, -kept:], mask_RT[:, -kept:])
-        return PairValues(*log_probs.chunk(2))  # the first half of the rows is y⁺
+    def _log_probs(
+        self, model: nn.Module, unwrapped: PreTrainedModel, inputs: dict[str, torch.Tensor]
+    ) -> PairValues:
+        """Of both completions of each pair.
+
+        Args:
+            model: As it runs, perhaps wrapped by DDP.
+            unwrapped: The same.
+        """
+        hidden_RTH, _ = states_before_head(model, unwrapped, inputs)
+        with self.accelerator.autocast():
+            log_probs_R = sequence_log_probs(
+                hidden_RTH,
+                inputs["input_ids"],
+                inputs["completion_mask"],
+                OutputHead.of(unwrapped),
+                self.args.loss_chunk_size,
+            )
+        return PairValues(*log_probs_R.chunk(2))  # the first half of the rows is y⁺
 
     # --- schedule of the learning rate -----------------------------------------------------------
 
