@@ -12,6 +12,7 @@ Markdown on stdout, progress on stderr.
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -41,7 +42,14 @@ from medistill_trl.methods.logit_kd.stored import StoredLogitKDTrainer
 from medistill_trl.methods.logit_kd.trainer import LogitKDTrainer
 from medistill_trl.pair_writer import PairWriter
 from medistill_trl.teacher import Sampling, complete, predicting_states
-from medistill_trl.teacher_logits import Kept, TeacherLogits, key_of, read_by, teacher_side
+from medistill_trl.teacher_logits import (
+    Kept,
+    TeacherLogits,
+    in_batches,
+    key_of,
+    read_by,
+    teacher_side,
+)
 
 TOP_K = 64
 SIZES = (8, 16, 64, 256)  # of K, in the table of what is lost
@@ -80,7 +88,7 @@ def prepare(given: Namespace, names: list[str], folder: str) -> dict[str, Bench]
     if "stored" in names:
         kept = Kept.of("benchmark", len(tokenizer), TOP_K, TEMPERATURE)
         logits = TeacherLogits(folder, kept)
-        keys = logits.fill(rows, lambda batch: read_by(teacher, kept, batch))
+        keys = logits.fill(rows, in_batches(lambda batch: read_by(teacher, kept, batch)))
         keyed = [row | {"top_k": key} for row, key in zip(rows, keys, strict=True)]
         writer = pair_writer(None, tokenizer)
         trainer = StoredLogitKDTrainer(**common, writer=writer, logits=logits)
@@ -153,7 +161,7 @@ def losses(given: Namespace) -> str:
         kept = Kept.of("benchmark", len(tokenizer), top_k, TEMPERATURE)
         with tempfile.TemporaryDirectory() as folder:
             logits = TeacherLogits(folder, kept)
-            logits.fill(examples, lambda batch, kept=kept: read_by(teacher, kept, batch))
+            logits.fill(examples, in_batches(partial(read_by, teacher, kept)))
             stored = logits.batch([key_of(row) for row in examples])
             size = logits.num_bytes / logits.num_tokens
         _, sums = top_k_distillation_loss(states_NH, targets_N, head, stored, **kd)

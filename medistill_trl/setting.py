@@ -15,7 +15,13 @@ from medistill_trl.heldout import HeldoutCheck
 from medistill_trl.prompts import PromptFormat
 from medistill_trl.run_directory import RunDirectory
 from medistill_trl.teacher import Completion, Sampling, Teacher
-from medistill_trl.teacher_logits import Kept, TeacherLogits, read_by
+from medistill_trl.teacher_logits import (
+    Kept,
+    Producer,
+    TeacherLogits,
+    in_batches,
+    read_by,
+)
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,18 @@ class Setting:
         start = monotonic()
         kept = Kept.of(self.teacher.identity, self.heldout.shared, top_k, temperature)
         logits = TeacherLogits(logits_folder(self.store), kept)
-        keys = logits.fill(
-            examples,
-            lambda batch: read_by(self.teacher.model, kept, batch),
-            self.arguments.teacher.teacher_batch_size,
-        )
+        keys = logits.fill(examples, self._producer(kept))
         for example, key in zip(examples, keys, strict=True):
             example["top_k"] = key
         self.totals.seconds_drawing += monotonic() - start
         return logits
+
+    def _producer(self, kept: Kept) -> Producer:
+        """The teacher as what makes distributions."""
+        return in_batches(  # its model, which may only now be loaded
+            lambda batch: read_by(self.teacher.model, kept, batch),
+            self.arguments.teacher.teacher_batch_size,
+        )
 
 
 def logits_folder(store: CompletionStore) -> Path:

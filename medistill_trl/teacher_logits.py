@@ -12,15 +12,16 @@ vocabulary of 49,152 takes 98,304 in float16. A log-probability l is kept as the
 roots are evenly spaced, −64 (u / 65535)²: it comes back within 1.3e-4 · √|l| + 1e-8 nats, and below −64 as −64.
 
 On disk: a folder for each `Kept`, in it files of about `CHUNK_TOKENS` tokens. A file is written aside and put in
-place in one step under the sha256 of its content as its name: after a kill at most a file's tokens are read again, and
-a file that is not what was written is refused. Files are mapped into memory, not loaded.
+place in one step under the sha256 of its content as its name: after a kill at most a file's tokens are read again,
+after an error nothing that was whole before it, and a file that is not what was written is refused. Files are mapped
+into memory, not loaded.
 
 Shapes: N completion tokens, K kept tokens, X temperatures, S completions of a file.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,8 +50,9 @@ LOWEST = 64.0  # nats below 0
 STEPS = 2**16 - 1
 LARGEST_SHORT_ID = 2**16 - 1
 
-# (encoded pairs) → of each the distributions that predict its `teacher_labels`, one row for each completion token
-Producer = Callable[[Sequence[dict]], list[TopK]]
+# (encoded pairs, longest first) → as they are made, of each its place and the distributions that predict its
+# `teacher_labels`, one row for each completion token
+Producer = Callable[[Sequence[dict]], Iterator[list[tuple[int, TopK]]]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Kept:
     """What is kept of whose distributions.
 
     Args:
-        teacher: Its identity: exact weights, dtype and quantisation.
+        teacher: Its identity: exact weights, dtype and quantisation, or the name a server has for it.
         vocab_size: Leading tokens the distributions are over.
         top_k: K.
         temperatures: At which the tail is known, see `TopK`.
@@ -114,7 +116,6 @@ class TeacherLogits:
         self,
         examples: Sequence[dict],
         producer: Producer,
-        batch_size: int | None = None,
         label: str = "teacher logits",
     ) -> list[str]:
         """Have the distributions of encoded pairs made that are missing.
@@ -123,7 +124,7 @@ class TeacherLogits:
 
         Args:
             examples: With `teacher_input_ids` and `teacher_labels`.
-            producer: Makes them, `batch_size` examples at a time, longest first.
+            producer: Makes them.
 
         Returns:
             The key of each, for `get`.
@@ -141,7 +142,7 @@ class TeacherLogits:
             missing.sort(key=lambda entry: (-len(entry[1]["teacher_input_ids"]), entry[0]))
             state.wait_for_everyone()  # all have read the same store before anyone writes to it
             share = missing[state.process_index :: state.num_processes]
-            self._make(share, producer, batch_size or DEFAULT_BATCH_SIZE, label)
+            self._make(share, producer, label)
             state.wait_for_everyone()
             self._read_places()
         return keys
@@ -160,28 +161,28 @@ class TeacherLogits:
         """Of several completions, one after the other."""
         return TopK(*map(torch.cat, zip(*(self.get(key) for key in keys), strict=True)))
 
-    def _make(
-        self, missing: list[tuple[str, dict]], producer: Producer, batch_size: int, label: str
-    ) -> None:
+    def _make(self, missing: list[tuple[str, dict]], producer: Producer, label: str) -> None:
         waiting: list[tuple[str, TopK]] = []
-        with tqdm(
+        progress = tqdm(
             total=len(missing),
             desc=label,
             unit="completion",
             disable=not missing or not PartialState().is_main_process,
-        ) as progress:
-            for start in range(0, len(missing), batch_size):
-                batch = missing[start : start + batch_size]
-                made = producer([example for _, example in batch])
-                for (key, example), top_k in zip(batch, made, strict=True):
-                    self._check(example, top_k)
-                    waiting.append((key, top_k))
-                progress.update(len(batch))
-                if sum(len(top_k.ids) for _, top_k in waiting) >= CHUNK_TOKENS:
-                    self._write(waiting)
-                    waiting = []
-        if waiting:
-            self._write(waiting)
+        )
+        try:
+            with progress:
+                for made in producer([example for _, example in missing]):
+                    for place, top_k in made:
+                        key, example = missing[place]
+                        self._check(example, top_k)
+                        waiting.append((key, top_k))
+                    progress.update(len(made))
+                    if sum(len(top_k.ids) for _, top_k in waiting) >= CHUNK_TOKENS:
+                        self._write(waiting)
+                        waiting = []
+        finally:  # whatever ends it, a server that is lost for one
+            if waiting:
+                self._write(waiting)
 
     def _check(self, example: dict, top_k: TopK) -> None:
         rows = num_targets(teacher_side(example))
@@ -267,11 +268,24 @@ def teacher_side(example: dict) -> dict[str, list[int]]:
     return {"input_ids": example["teacher_input_ids"], "labels": example["teacher_labels"]}
 
 
+def in_batches(
+    make: Callable[[Sequence[dict]], list[TopK]], batch_size: int | None = None
+) -> Producer:
+    """A `Producer` that makes so many at a time."""
+
+    def produce(examples: Sequence[dict]) -> Iterator[list[tuple[int, TopK]]]:
+        size = batch_size or DEFAULT_BATCH_SIZE
+        for start in range(0, len(examples), size):
+            yield list(enumerate(make(examples[start : start + size]), start))
+
+    return produce
+
+
 @torch.no_grad()
 def read_by(
     model: PreTrainedModel, kept: Kept, examples: Sequence[dict], chunk_size: int = CHUNK_SIZE
 ) -> list[TopK]:
-    """A `Producer`, once model and `Kept` are given: one forward for all examples.
+    """What is kept of encoded pairs, by one forward for all of them.
 
     Args:
         model: The frozen teacher.

@@ -16,7 +16,7 @@ from medistill_trl.errors import NonFinite, RunFailed, UserError
 from medistill_trl.losses.top_k import TopK, largest
 from medistill_trl.prompts import IGNORED
 from medistill_trl.teacher import completion_logits
-from medistill_trl.teacher_logits import Kept, TeacherLogits, read_by
+from medistill_trl.teacher_logits import Kept, TeacherLogits, in_batches, read_by
 
 V, K, T = 300, 8, 2.0
 KEPT = Kept.of("teacher-1", V, K, T)
@@ -53,7 +53,7 @@ class Producer:
 
 def fill(folder, producer, examples=EXAMPLES, kept=KEPT):
     logits = TeacherLogits(folder, kept)
-    return logits, logits.fill(examples, producer, 4)
+    return logits, logits.fill(examples, in_batches(producer, 4))
 
 
 def files(folder):
