@@ -153,7 +153,7 @@ def load_models(arguments: Arguments, loaded: Loaded, keeps_teacher: bool = True
 
     Args:
         keeps_teacher: False: its model is loaded once something asks for it, and the held-out check is made to
-            do without.
+            do without. Of a served teacher there is none.
     """
     s, t, training = arguments.student, arguments.teacher, arguments.training
     set_seed(training.seed)
@@ -176,7 +176,7 @@ def load_models(arguments: Arguments, loaded: Loaded, keeps_teacher: bool = True
         t.teacher_batch_size,
         training.bf16,
     )
-    if not keeps_teacher:
+    if teacher.gives_logits and not keeps_teacher:
         heldout.keep_states(logits_folder(store) / "heldout", training.device)
     return Setting(
         arguments,

@@ -109,15 +109,34 @@ def check_inputs(method: Method, arguments: Arguments) -> Loaded:
     """
     white_box = method.teacher_access == "white_box"
     if white_box and arguments.teacher.teacher_backend == "server":
-        raise UserError(
-            f"teacher_backend: {method.name} needs the teacher's logits or inner states while it trains, which no server "
-            f"gives; set teacher_backend: local, or take a method that does not: {', '.join(methods.names('black_box'))}"
-        )
+        _check_served(method, arguments)
     loaded = load_inputs(arguments)
     if white_box:
         _check_tokenizers(method, arguments, loaded)
     method.check(arguments, loaded)
     return loaded
+
+
+def _check_served(method: Method, arguments: Arguments) -> None:
+    otherwise = (
+        "teacher_backend: local, or take a method that needs only the teacher's words: "
+        f"{', '.join(methods.names('black_box'))}"
+    )
+    if method.served_with is None:
+        raise UserError(
+            f"teacher_backend: {method.name} needs the teacher's logits or inner states while it trains, which no server "
+            f"gives; set {otherwise}"
+        )
+    training = vars(arguments.training)
+    wrong = [
+        f"{key}: {value}, got {training[key]} ({why})"
+        for key, (value, why) in method.served_with.items()
+        if training[key] != value
+    ]
+    if wrong:
+        raise UserError(
+            f"teacher_backend: {method.name} can do with a server if it has {'; and '.join(wrong)}. Set that, or {otherwise}"
+        )
 
 
 def _check_tokenizers(method: Method, arguments: Arguments, loaded: Loaded) -> None:

@@ -12,13 +12,14 @@ Shapes: C completion tokens, K of the likeliest tokens.
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from medistill_trl.errors import UserError
 from medistill_trl.losses.chunked import CHUNK_SIZE
+from medistill_trl.losses.top_k import TopK
 from medistill_trl.model_source import ModelSource
 from medistill_trl.prompts import IGNORED, PromptFormat
 from medistill_trl.teacher import Completion, Sampling, Teacher, cut
@@ -29,21 +30,7 @@ logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**63 - 1
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 SMALLEST_TAIL = 1e-9  # of a float32 sum nothing finer is known
-
-
-@dataclass(frozen=True)
-class TopLogProbs:
-    """The likeliest tokens at each place of a completion, at temperature 1.
-
-    Args:
-        ids: (C, K), int64, likeliest first.
-        log_probs: (C, K), float32, nats.
-        tail_log_mass: (C,), float32: log of what all other tokens have together, at least that of `SMALLEST_TAIL`.
-    """
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    tail_log_mass: torch.Tensor
+EMPTY_TAIL = -100.0  # see `TopK`
 
 
 class ServedTeacher(Teacher):
@@ -203,7 +190,7 @@ class ServedTeacher(Teacher):
             ids, targets = example["input_ids"], _targets(example)
             if not targets:
                 return torch.zeros(0, device=self.device)
-            entries = await self._prompt_log_probs(asking, ids, 1)
+            entries = await asking.prompt_log_probs(ids, 1)
             found = [entries[place][ids[place]] for place in targets]
             return torch.tensor(found, dtype=torch.float32, device=self.device)
 
@@ -212,47 +199,48 @@ class ServedTeacher(Teacher):
     def check_log_probs(self) -> None:
         """Nothing to prove: they are the server's."""
 
-    def top_log_probs(self, examples: Sequence[dict[str, list[int]]], k: int) -> list[TopLogProbs]:
-        """The K likeliest tokens at every completion token, and the mass of all others.
+    def top_log_probs(
+        self, examples: Sequence[dict[str, list[int]]], k: int, vocab_size: int
+    ) -> Iterator[list[tuple[int, TopK]]]:
+        """The K likeliest tokens at every completion token and the mass of all others, as the answers arrive, each
+        with its example's place.
+
+        Only the vocabulary's leading tokens count. Where others are among the likeliest, they are taken out, and as
+        many more are asked for; what others have in the tail is not known, and stays there.
 
         The server must have room for one token more than the longest example, and have been started to give as many
         log-probabilities (vLLM: --max-logprobs).
 
         Args:
             examples: `input_ids` and `labels` as `encode_example` gives them.
-            k: At most the size of the vocabulary.
+            k: K, at most `vocab_size`.
+            vocab_size: Leading tokens the distributions are over.
+
+        Returns:
+            Of each example ids and log-probabilities (C, K) and log-tails (C, 1), at temperature 1. A tail is 1 less
+            what the K have together, known as finely as a float32 sum is.
+
+        Raises:
+            UserError: the server gives no log-probabilities of prompts, or fewer.
         """
-
-        async def ask(asking: Asking, example: dict) -> TopLogProbs:
-            targets = _targets(example)
-            entries = await self._prompt_log_probs(asking, example["input_ids"], k)
-            return _top([entries[place] for place in targets], k)
-
-        return self._in_order(ask, examples)
-
-    async def _prompt_log_probs(
-        self, asking: Asking, ids: list[int], k: int
-    ) -> list[dict[int, float]]:
-        """At each place of a text the log-probabilities of its K likeliest tokens and of the one that stands there;
-        nothing at the first."""
-        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        choice = await asking.completion(body)
-        entries = choice.get("prompt_logprobs")
-        if not entries or len(entries) != len(ids):
-            raise UserError(
-                f"teacher server {self.server.url} gives no prompt_logprobs, which this method needs of the teacher; "
-                "vLLM does, or take teacher_backend: local"
+        if vocab_size < len(self.tokenizer):
+            self._warn_once(
+                f"warning: the served teacher's log-probabilities are over its {len(self.tokenizer)} tokens; the "
+                f"{len(self.tokenizer) - vocab_size} that the student lacks are taken out where they are among the "
+                "likeliest, and count to all others elsewhere"
             )
-        found = [
-            {int(id): float(entry["logprob"]) for id, entry in (place or {}).items()}
-            for place in entries
-        ]
-        if any(id not in place for id, place in zip(ids[1:], found[1:], strict=True)):
-            raise UserError(
-                f"teacher server {self.server.url}: prompt_logprobs without the prompt's own tokens; "
-                "its version is not known here"
-            )
-        return found
+
+        async def ask(asking: Asking, example: dict, asked: int = k) -> TopK:
+            targets, places = _targets(example), []
+            if targets:
+                entries = await asking.prompt_log_probs(example["input_ids"], asked)
+                places = [_leading(entries[place], asked, vocab_size) for place in targets]
+            lacking = k - min(map(len, places), default=k)
+            if lacking > 0:
+                return await ask(asking, example, asked + lacking)
+            return _top_k(places, k, whole=k == vocab_size)
+
+        return self.server.each(ask, examples)
 
     def _in_order(self, ask, items: Sequence) -> list:
         found = dict(entry for part in self.server.each(ask, items) for entry in part)
@@ -275,17 +263,27 @@ def _targets(example: dict[str, list[int]]) -> list[int]:
     return [place for place in range(1, len(labels)) if labels[place] != IGNORED]
 
 
-def _top(places: list[dict[int, float]], k: int) -> TopLogProbs:
-    ids, log_probs, tails = [], [], []
-    for place in places:
-        likeliest = sorted(place.items(), key=lambda entry: -entry[1])[:k]
-        ids.append([id for id, _ in likeliest])
-        log_probs.append([value for _, value in likeliest])
-        tails.append(math.log(max(SMALLEST_TAIL, 1 - math.fsum(map(math.exp, log_probs[-1])))))
-    return TopLogProbs(
-        torch.tensor(ids, dtype=torch.int64).reshape(len(places), -1),
-        torch.tensor(log_probs, dtype=torch.float32).reshape(len(places), -1),
-        torch.tensor(tails, dtype=torch.float32),
+def _leading(place: dict[int, float], asked: int, vocab_size: int) -> list[tuple[int, float]]:
+    """Of the tokens that were asked for the leading ones, likeliest first; what the others have is taken out."""
+    likeliest = sorted(place.items(), key=lambda entry: -entry[1])[:asked]
+    others = math.fsum(math.exp(value) for id, value in likeliest if id >= vocab_size)
+    log_rest = math.log(max(SMALLEST_TAIL, 1 - others))
+    return [(id, value - log_rest) for id, value in likeliest if id < vocab_size]
+
+
+def _top_k(places: list[list[tuple[int, float]]], k: int, whole: bool) -> TopK:
+    """
+    Args:
+        whole: They are the whole vocabulary.
+    """
+    ids = [[id for id, _ in likeliest[:k]] for likeliest in places]
+    log_probs = [[value for _, value in likeliest[:k]] for likeliest in places]
+    tails = [max(SMALLEST_TAIL, 1 - math.fsum(map(math.exp, values))) for values in log_probs]
+    log_tails = [EMPTY_TAIL if whole else math.log(tail) for tail in tails]
+    return TopK(
+        torch.tensor(ids, dtype=torch.int64).reshape(-1, k),
+        torch.tensor(log_probs, dtype=torch.float32).reshape(-1, k),
+        torch.tensor(log_tails, dtype=torch.float32)[:, None],
     )
 
 

@@ -21,6 +21,7 @@ from medistill_trl.teacher_logits import (
     TeacherLogits,
     in_batches,
     read_by,
+    teacher_side,
 )
 
 
@@ -123,6 +124,10 @@ class Setting:
 
     def _producer(self, kept: Kept) -> Producer:
         """The teacher as what makes distributions."""
+        if not self.teacher.gives_logits:
+            return lambda examples: self.teacher.top_log_probs(
+                [teacher_side(example) for example in examples], kept.top_k, kept.vocab_size
+            )
         return in_batches(  # its model, which may only now be loaded
             lambda batch: read_by(self.teacher.model, kept, batch),
             self.arguments.teacher.teacher_batch_size,

@@ -7,6 +7,7 @@ connection, gives no answer in time or says 408, 429 or 5xx; what it refuses for
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -26,6 +27,7 @@ API_KEY = "MEDISTILL_TEACHER_API_KEY"  # of the environment; it is written nowhe
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 TOLD_EVERY = 30.0  # seconds between two words on a server that does not answer
 CONNECT_SECONDS = 10.0
+BAD_REQUEST = 400
 RETRIED = {408, 429, 500, 502, 503, 504}
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -33,6 +35,18 @@ Answer = TypeVar("Answer")
 
 class ServerLost(RunFailed):
     """The teacher's server has not answered for as long as the run may wait."""
+
+
+class Refused(UserError):
+    """The server will not answer this question.
+
+    Args:
+        status: Of HTTP.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -139,6 +153,50 @@ class Asking:
             case {"choices": [dict() as choice, *_]}:
                 return choice
         raise _no_such_server(url, "its answer has no choices")
+
+    async def prompt_log_probs(self, ids: list[int], k: int) -> list[dict[int, float]]:
+        """At each place of a text the log-probabilities of its K likeliest tokens and of the one that stands there,
+        nats; nothing at the first.
+
+        Args:
+            ids: Of the text.
+            k: K, at most the size of the vocabulary.
+
+        Raises:
+            UserError: the server gives none, or fewer.
+        """
+        url = self.server.url
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        try:
+            choice = await self.completion(body)
+        except Refused as error:
+            if error.status != BAD_REQUEST:
+                raise
+            raise UserError(
+                f"{error}. It was asked for {k} prompt_logprobs of {len(ids)} tokens: vLLM gives as many as "
+                "--max-logprobs says (20 by default), and --max-model-len must leave room for one token more"
+            ) from error
+        entries = choice.get("prompt_logprobs")
+        if not entries or len(entries) != len(ids):
+            raise UserError(
+                f"teacher server {url} gives no prompt_logprobs, which this method needs of the teacher; vLLM does, or "
+                "take teacher_backend: local"
+            )
+        found = [
+            {int(id): float(entry["logprob"]) for id, entry in (place or {}).items()}
+            for place in entries
+        ]
+        if any(id not in place for id, place in zip(ids[1:], found[1:], strict=True)):
+            raise UserError(
+                f"teacher server {url}: prompt_logprobs without the prompt's own tokens; its version is not known here"
+            )
+        fewest = min(map(len, found[1:]), default=k)
+        if fewest < k:
+            raise UserError(
+                f"teacher server {url} gives {fewest} prompt_logprobs where {k} are asked for; start it so that it gives "
+                "as many (vLLM: --max-logprobs)"
+            )
+        return found
 
     async def _post(self, url: str, body: dict) -> object:
         server, since = self.server, None
@@ -258,16 +316,31 @@ def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def check_top_k(server: TeacherServer, k: int) -> None:
+    """Whether a server gives so many log-probabilities of a prompt's tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+
+    async def ask(asking: Asking, ids: list[int]) -> None:
+        await asking.prompt_log_probs(ids, k)
+
+    with contextlib.suppress(ServerLost):  # what is needed may be stored already
+        list(replace(server, wait=0.0).each(ask, [[0, 0]]))
+
+
 # --- answers ---------------------------------------------------------------------------------------
 
 
-def refusal(server: TeacherServer, response: httpx2.Response) -> UserError:
+def refusal(server: TeacherServer, response: httpx2.Response) -> Refused:
     """What a server will not do, in words."""
     status, words = response.status_code, _words(response)
     if status in (401, 403):  # its words might repeat the key
         what = "refuses the key in" if os.environ.get(API_KEY) else "wants a key, in"
-        return UserError(
-            f"teacher server {server.url} {what} the environment variable {API_KEY} (HTTP {status})"
+        return Refused(
+            f"teacher server {server.url} {what} the environment variable {API_KEY} (HTTP {status})",
+            status,
         )
     if status == 404:
         advice = "look at teacher_url and teacher_name"
@@ -278,7 +351,7 @@ def refusal(server: TeacherServer, response: httpx2.Response) -> UserError:
             "prompt and completion must fit what it was started with, and teacher_model must be the model it serves "
             f"as {server.model!r}"
         )
-    return UserError(f"teacher server {server.url}: HTTP {status}: {words}; {advice}")
+    return Refused(f"teacher server {server.url}: HTTP {status}: {words}; {advice}", status)
 
 
 def _content(url: str, response: httpx2.Response) -> object:

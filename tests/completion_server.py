@@ -15,6 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+from medistill_trl.model_source import ModelSource
+from medistill_trl.served_teacher import ServedTeacher
+from medistill_trl.teacher import Teacher
+from medistill_trl.teacher_server import TeacherServer
+
 MODEL_LOCK = threading.Lock()
 
 
@@ -154,14 +159,37 @@ def serving(*args, **kwargs):
     assert server.errors == []
 
 
-def model_answers(model, tokenizer, limit: int = 512) -> Callable[[dict], tuple[int, dict]]:
-    """What a server with this model answers."""
+def serve_teacher(server: Server, teacher: Teacher, name: str = "tiny") -> ServedTeacher:
+    """The same teacher behind a server."""
+    model = teacher.model
+    source = ModelSource("tiny", "tiny", None, model.config, "sha256:tiny")
+    reached = TeacherServer(server.url, name, timeout=30, wait=5, in_flight=4)
+    ends, device = model.generation_config.eos_token_id, torch.device("cpu")
+    return ServedTeacher(reached, source, teacher.tokenizer, teacher.form, ends, device)
+
+
+def model_answers(
+    model, tokenizer, limit: int = 512, max_logprobs: int | None = None
+) -> Callable[[dict], tuple[int, dict]]:
+    """What a server with this model answers.
+
+    Args:
+        limit: Of its context.
+        max_logprobs: Log-probabilities it gives of a token; None for all.
+    """
+
+    def refused(message: str) -> tuple[int, dict]:
+        return 400, {"error": {"message": message, "type": "BadRequestError"}}
 
     def answer(body: dict) -> tuple[int, dict]:
         ids = body["prompt"]
         if len(ids) + body["max_tokens"] > limit:
-            message = f"This model's maximum context length is {limit} tokens."
-            return 400, {"error": {"message": message, "type": "BadRequestError"}}
+            return refused(f"This model's maximum context length is {limit} tokens.")
+        k = body.get("prompt_logprobs", 0)
+        if max_logprobs is not None and k > max_logprobs:
+            return refused(
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {max_logprobs}"
+            )
         with MODEL_LOCK, torch.no_grad(), torch.random.fork_rng():
             torch.set_num_threads(1)
             choice = _generate(model, tokenizer, body)

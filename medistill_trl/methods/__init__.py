@@ -67,6 +67,8 @@ class Method:
             be shared out.
         keeps_teacher: Whether training asks the teacher's model. Where it does not, the model is loaded only if a
             store lacks something, and let go of before training.
+        served_with: Settings with which a white-box method can do with what a server gives of the teacher, its
+            likeliest tokens and the mass of all others: key → the value it must have, and why. None: there are none.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Method:
     engine_note: str = ""
     shards_teacher: bool = False
     keeps_teacher: "Callable[[Arguments], bool]" = _always
+    served_with: "dict[str, tuple[object, str]] | None" = None
 
 
 def load(name: str) -> Method:

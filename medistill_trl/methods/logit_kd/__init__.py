@@ -25,6 +25,7 @@ from medistill_trl.methods.logit_kd.stored import StoredLogitKDTrainer
 from medistill_trl.methods.logit_kd.trainer import LogitKDTrainer
 from medistill_trl.pair_writer import PairWriter, heldout_rows, training_rows
 from medistill_trl.setting import Arguments, Setting
+from medistill_trl.teacher_server import check_top_k
 from medistill_trl.vocabulary import shared_vocabulary
 
 
@@ -73,7 +74,8 @@ class LogitKDConfig(CompletionArguments, ChunkArguments, CoverageArguments, GKDC
         default="online",
         metadata={
             "help": "online: the teacher reads every micro-batch. stored: it reads every stored completion once, before "
-            "training; its likeliest tokens are kept beside `completion_store`, and it is not in memory afterwards.",
+            "training; its likeliest tokens are kept beside `completion_store`, and it is not in memory afterwards. A "
+            "served teacher needs stored, and kd_temperature: 1.",
             "choices": ["online", "stored"],
         },
     )
@@ -137,7 +139,7 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
 
     Raises:
         UserError: the student writes some of the completions under ZeRO-3, where how many is chance; or teacher
-            logits are to be stored, and the tokenizers differ.
+            logits are to be stored, and the tokenizers differ, or a server gives fewer.
     """
     training = arguments.training
     plugin, lmbda = training.deepspeed_plugin, training.lmbda
@@ -146,14 +148,20 @@ def check(arguments: Arguments, loaded: Loaded) -> None:
             f"lmbda: must be 0 under ZeRO-3, where all processes have to write equally often, got {lmbda}; take "
             "--config_file accelerate_configs/zero2.yaml, or method: on_policy"
         )
-    forms = loaded.student_form, loaded.teacher_form
-    if training.teacher_logits == "stored" and not shared_vocabulary(
-        *(form.tokenizer for form in forms)
-    ):
+    if training.teacher_logits == "stored":
+        _check_stored(arguments, loaded)
+
+
+def _check_stored(arguments: Arguments, loaded: Loaded) -> None:
+    shared = shared_vocabulary(loaded.student_form.tokenizer, loaded.teacher_form.tokenizer)
+    if shared is None:
+        local = "" if loaded.server is None else " and teacher_backend: local"
         raise UserError(
             "teacher_logits: stored keeps distributions over tokens, and the tokenizers of this pair differ; set "
-            "teacher_logits: online, which compares spans of the same text"
+            f"teacher_logits: online{local}, which compares spans of the same text"
         )
+    if loaded.server is not None:
+        check_top_k(loaded.server, min(arguments.training.teacher_logits_top_k, shared))
 
 
 def keeps_teacher(arguments: Arguments) -> bool:
@@ -172,4 +180,8 @@ METHOD = Method(
     check=check,
     shards_teacher=True,
     keeps_teacher=keeps_teacher,
+    served_with={
+        "teacher_logits": ("stored", "a server is asked once, not at every step"),
+        "kd_temperature": (1.0, "a server says at no other what all other tokens have together"),
+    },
 )
