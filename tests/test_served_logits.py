@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import tiny_setting
@@ -26,13 +27,16 @@ NAMES = (
 )  # fmt: skip
 
 
-def make_setting(folder, extra_rows=0, **training):
-    """A teacher whose head may have more rows than the student's, as Meditron's has."""
-    teacher_model = make_model(len(make_form().tokenizer) + extra_rows, seed=1)
+def make_setting(folder, extra_tokens=0, **training):
+    """A teacher that may have more tokens than the student, as Meditron has."""
+    teacher_form = make_form()
+    teacher_form.tokenizer.add_tokens([f"<extra {n}>" for n in range(extra_tokens)])
+    teacher_model = make_model(len(teacher_form.tokenizer), seed=1)
     options = {"teacher_logits_top_k": K, "kd_temperature": 1.0, "max_steps": 3, **training}
     return tiny_setting.make_setting(
         folder,
         "logit_kd",
+        teacher_form=teacher_form,
         teacher_model=teacher_model,
         teacher={"teacher_completions": "stored"},
         teacher_logits="stored",
@@ -61,14 +65,14 @@ def reads(server) -> list[dict]:
 # --- training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("extra_rows", "top_k"), [(0, K), (7, 10**6)], ids=["few", "all"])
+@pytest.mark.parametrize(("extra_tokens", "top_k"), [(0, K), (7, 10**6)], ids=["few", "all"])
 def test_the_loss_and_the_student_are_those_of_the_local_teachers_store(
-    tmp_path, extra_rows, top_k
+    tmp_path, extra_tokens, top_k
 ):
     """The two round a little differently: losses agree to 1e-4 of themselves."""
-    local = make_setting(tmp_path / "local", extra_rows, teacher_logits_top_k=top_k)
+    local = make_setting(tmp_path / "local", extra_tokens, teacher_logits_top_k=top_k)
     _, expected, _ = tiny_setting.train(local)
-    setting = make_setting(tmp_path / "served", extra_rows, teacher_logits_top_k=top_k)
+    setting = make_setting(tmp_path / "served", extra_tokens, teacher_logits_top_k=top_k)
     with serving(answers_of(setting)) as server:
         serve(server, setting)
         setting, trainer, before = tiny_setting.train(setting)
@@ -140,7 +144,7 @@ def test_a_server_lost_while_it_is_asked_keeps_what_it_said_and_the_next_asks_fo
 
 def test_tokens_that_the_student_lacks_are_taken_out_and_others_asked_for(tmp_path):
     """Of a teacher that finds nine tokens likely which the student lacks."""
-    setting = make_setting(tmp_path, extra_rows=9)
+    setting = make_setting(tmp_path, extra_tokens=9)
     teacher, shared = setting.teacher, setting.heldout.shared
     with torch.no_grad():
         teacher.model.lm_head.weight[shared:] *= 4
@@ -256,7 +260,10 @@ def test_a_server_that_gives_too_little_is_refused_before_anything_is_loaded(tmp
         with pytest.raises(UserError, match="refuses the key") as refused:
             check(server.url)
         assert "max-logprobs" not in str(refused.value)
-    check(server.url)  # it is away: all that is needed may be stored
+    # It is away: all that is needed may be stored, and nobody waits for it.
+    start = time.monotonic()
+    check(server.url)
+    assert time.monotonic() - start < 15
 
 
 def test_a_vocabulary_smaller_than_k_is_asked_for_whole(tmp_path):
