@@ -185,6 +185,8 @@ def model_answers(
         ids = body["prompt"]
         if len(ids) + body["max_tokens"] > limit:
             return refused(f"This model's maximum context length is {limit} tokens.")
+        if body.get("seed", 0) >= 2**63:
+            return refused("seed: Input should be less than or equal to 9223372036854775807")
         k = body.get("prompt_logprobs", 0)
         if max_logprobs is not None and k > max_logprobs:
             return refused(

@@ -79,6 +79,29 @@ def test_an_end_token_and_a_stop_string_end_a_completion_as_they_do_locally(pair
         assert tokenizer.decode(read.token_ids) == "An answer."
 
 
+def test_the_server_writes_no_further_than_an_end_token(pair):
+    """Whatever follows would be cut, and paid for."""
+    local, served, server = pair
+    prompt = rendered(local)[0]
+    ids = local.complete([prompt], Sampling(12))[0].token_ids
+    end, told, answer = ids[4], [], server.answer
+    ends = ServedTeacher(
+        served.server, served.source, served.tokenizer, served.form, [end], served.device
+    )
+
+    def overheard(body):
+        status, content = answer(body)
+        told.append(content["choices"][0]["token_ids"])
+        return status, content
+
+    server.answer = overheard
+    (found,) = ends.complete([prompt], Sampling(12))
+    server.answer = answer
+    first = ids.index(end)
+    assert told == [ids[: first + 1]]
+    assert (found.token_ids, found.end_id, found.finished) == (ids[:first], end, True)
+
+
 def test_a_sampled_completion_depends_on_its_seed_alone(pair):
     _, served, server = pair
     sampling = Sampling(12, temperature=1.0, top_p=0.9, top_k=50)
