@@ -94,11 +94,31 @@ def test_the_stage_tells_the_engine(tmp_path, stage, expected):
     assert engines.engine_of(arguments, PartialState()) == expected
 
 
-def test_a_method_says_why_it_does_not_run_on_an_engine():
-    for name in method_names():
-        method = methods.load(name)
-        assert set(method.engines) <= {"zero2", "zero3", "fsdp2"}
-        assert bool(method.engine_note) != ({"zero2", "zero3"} <= set(method.engines)), name
+ON_THE_PAGE = dict(
+    re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/engines.md").read_text(), re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("name", ON_THE_PAGE)
+def test_a_method_says_why_it_does_not_run_on_an_engine(name):
+    method = methods.load(name)
+    assert set(method.engines) <= {"zero2", "zero3", "fsdp2"}
+    assert bool(method.engine_note) != ({"zero2", "zero3"} <= set(method.engines))
+
+
+def test_a_new_method_runs_on_no_engine_until_it_names_one(tmp_path):
+    method = methods.Method(
+        name="new",
+        config=methods.load("sft").config,
+        teacher_access="black_box",
+        build=methods.load("sft").build,
+        paper="-",
+    )
+    arguments = arguments_of(tmp_path)
+    for engine in ("zero2", "zero3", "fsdp2"):
+        with pytest.raises(UserError, match=rf"new does not run on {engine}; .* cpu_ddp\.yaml$"):
+            engines.check(method, arguments, engine)
+    engines.check(method, arguments, "ddp")
 
 
 @pytest.mark.parametrize(
@@ -154,13 +174,21 @@ def test_an_anchor_and_chance_are_refused_where_they_would_go_wrong(tmp_path):
         check(kd)
 
 
-def test_the_page_has_a_row_for_each_method_and_a_cell_for_each_engine():
-    page = (ROOT / "docs/engines.md").read_text()
-    for name in method_names():
-        row = re.search(rf"^\| `{name}` \|(.*)\|$", page, re.M)
-        cells = dict(zip(("zero2", "zero3", "sharded", "fsdp2"), row[1].split("|"), strict=True))
-        method = methods.load(name)
-        for engine in ("zero2", "zero3", "fsdp2"):
-            assert ("refused" in cells[engine]) == (engine not in method.engines), (name, engine)
-        works = method.shards_teacher and "zero3" in method.engines
-        assert ("refused" in cells["sharded"]) != works, name
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_runs_on_the_engines_that_its_row_of_the_page_says(name):
+    method = methods.load(name)
+    if name not in ON_THE_PAGE:
+        assert method.engines == ()
+        return
+    cells = dict(
+        zip(("zero2", "zero3", "sharded", "fsdp2"), ON_THE_PAGE[name].split("|"), strict=True)
+    )
+    for engine in ("zero2", "zero3", "fsdp2"):
+        assert ("refused" in cells[engine]) == (engine not in method.engines), engine
+    works = method.shards_teacher and "zero3" in method.engines
+    assert ("refused" in cells["sharded"]) != works
+
+
+def test_the_page_has_a_row_for_each_of_the_ten():
+    assert len(ON_THE_PAGE) == 10
+    assert set(ON_THE_PAGE) <= set(method_names())

@@ -61,8 +61,8 @@ class Method:
             weights are loaded, in a dry run too.
         across_tokenizers: A white-box method that can compare models of different tokenizers too, over
             spans (see `spans`).
-        engines: That it works with beside DDP; names of `engines`.
-        engine_note: Why not with the others, for the message that refuses them.
+        engines: That it is proven on beside DDP; names of `engines`. None before a test has shown it.
+        engine_note: Why not on the others, for the message that refuses them.
         shards_teacher: All processes ask the teacher equally often and let it finish, so that its weights can
             be shared out.
         keeps_teacher: Whether training asks the teacher's model. Where it does not, the model is loaded only if a
@@ -82,7 +82,7 @@ class Method:
     loss_falls: bool = True
     check: "Callable[[Arguments, Loaded], None]" = _any_pair
     across_tokenizers: bool = False
-    engines: tuple[str, ...] = ("zero2", "zero3")
+    engines: tuple[str, ...] = ()
     engine_note: str = ""
     shards_teacher: bool = False
     keeps_teacher: "Callable[[Arguments], bool]" = _always

@@ -253,5 +253,6 @@ METHOD = Method(
     memory=Distillation(),
     across_tokenizers=True,
     check=check,
+    engines=("zero2", "zero3"),
     shards_teacher=True,
 )

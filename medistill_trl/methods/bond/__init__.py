@@ -198,6 +198,7 @@ METHOD = Method(
     memory=AnchoredPolicy(),
     loss_falls=False,
     check=check,
+    engines=("zero2", "zero3"),
     shards_teacher=True,
     learns="its own samples, by how the teacher ranks them; here the reference stands in for one",
 )

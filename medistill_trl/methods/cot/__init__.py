@@ -221,4 +221,5 @@ METHOD = Method(
     build=build,
     paper="arXiv 2212.10071",
     example=example,
+    engines=("zero2", "zero3"),
 )

@@ -178,6 +178,7 @@ METHOD = Method(
     memory=Distillation(),
     across_tokenizers=True,
     check=check,
+    engines=("zero2", "zero3"),
     shards_teacher=True,
     keeps_teacher=keeps_teacher,
     served_with={

@@ -164,6 +164,7 @@ METHOD = Method(
     memory=Policy(),
     loss_falls=False,
     check=check,
+    engines=("zero2", "zero3"),
     shards_teacher=True,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )
