@@ -6,7 +6,9 @@ is called there, where files go, and a login that is missed before anything long
 
 import importlib.metadata
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,17 @@ def _start_wandb(project: str, folder: Path) -> None:
     """Begin the run that transformers' callback then finds."""
     import wandb
 
-    folder.mkdir(parents=True, exist_ok=True)  # elsewhere it falls back to another folder
     # No copy of the terminal, of code, or of git's remote, whose address may hold a password.
     settings = wandb.Settings(console="off", save_code=False, disable_git=True)
-    try:
-        wandb.init(project=project, name=folder.name, dir=str(folder), settings=settings)
-    except wandb.Error as error:
-        raise UserError(
-            f"report_to: wandb refuses the run: {first_line(error)}\nLog in with `wandb login`, keep it on "
-            "this machine with WANDB_MODE=offline, or use --report_to none"
-        ) from error
+    with ExitStack() as undo:
+        if not folder.exists():
+            undo.callback(shutil.rmtree, folder)  # wandb writes into it before it refuses
+        folder.mkdir(parents=True, exist_ok=True)  # elsewhere it falls back to another folder
+        try:
+            wandb.init(project=project, name=folder.name, dir=str(folder), settings=settings)
+        except wandb.Error as error:
+            raise UserError(
+                f"report_to: wandb refuses the run: {first_line(error)}\nLog in with `wandb login`, keep it on "
+                "this machine with WANDB_MODE=offline, or use --report_to none"
+            ) from error
+        undo.pop_all()

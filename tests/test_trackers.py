@@ -1,5 +1,6 @@
 """Trackers: who is told, what, under which name, and who is refused."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -10,11 +11,13 @@ from conftest import ROOT, launch, write_tiny_overlay
 from tiny_setting import make_setting
 
 from medistill_trl import methods, recipe, trackers
+from medistill_trl.errors import UserError
 from medistill_trl.pipeline import build_trainer
 
 SFT = str(ROOT / "recipes/sft.yaml")
 INSTALLED = {found.name for found in importlib.metadata.distributions()}
 MISSING = [name for name in trackers.TRACKERS if name not in INSTALLED]
+needs_wandb = pytest.mark.skipif("wandb" not in INSTALLED, reason="wandb is not installed")
 needs_tensorboard = pytest.mark.skipif(
     "tensorboard" not in INSTALLED, reason="tensorboard is not installed"
 )
@@ -66,7 +69,7 @@ def test_anything_else_is_no_choice(wrong):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("wandb" not in INSTALLED, reason="wandb is not installed")
+@needs_wandb
 def test_without_a_login_wandb_is_refused_before_weights_are_loaded(tiny_overlay, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     result = launch(
@@ -77,6 +80,37 @@ def test_without_a_login_wandb_is_refused_before_weights_are_loaded(tiny_overlay
     assert "wandb login" in result.stderr
     assert "loading teacher" not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def fresh_wandb(monkeypatch, tmp_path):
+    """One that knows no login, and of the environment what a test sets: it reads that once a process."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wandb = importlib.import_module("wandb")
+    yield wandb
+    wandb.teardown()
+
+
+@needs_wandb
+def test_where_wandb_refuses_nothing_is_left_of_a_folder_made_for_it(tmp_path, fresh_wandb):
+    known = tmp_path / "known"
+    known.mkdir()
+    (known / "recipe.yaml").touch()
+    for folder in (tmp_path / "new", known):
+        with pytest.raises(UserError, match="wandb refuses the run"):
+            trackers.start(["wandb"], trackers.PROJECT, folder, main_process=True)
+    assert not (tmp_path / "new").exists()
+    assert (known / "recipe.yaml").exists()
+
+
+@needs_wandb
+def test_a_folder_that_wandb_writes_into_is_kept(tmp_path, monkeypatch, fresh_wandb):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.start(["wandb"], trackers.PROJECT, tmp_path / "new", main_process=True)
+    fresh_wandb.finish()
+    assert list((tmp_path / "new/wandb").glob("offline-run-*"))
 
 
 # --- who is told what
