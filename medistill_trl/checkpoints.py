@@ -8,21 +8,27 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import filter as matching
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from medistill_trl.files import write_text
 
 MANIFEST = "manifest.json"
 ASIDE = "invalid"  # folder of checkpoints that cannot be trusted
 TOTALS = "totals.json"
+
+Needed = Callable[[int], set[str]]  # patterns of the files that a checkpoint after a step must hold
 
 
 @dataclass
@@ -134,8 +140,34 @@ def write_manifest(folder: Path) -> None:
     write_text(folder / MANIFEST, json.dumps(content, indent=1))
 
 
-def problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if it can."""
+def files_of(trainer: Trainer, step: int) -> set[str]:
+    """What every run goes on from after a step, as patterns of names: transformers does not miss all of it."""
+    processes = range(trainer.args.world_size)
+    files = {TRAINER_STATE_NAME, TOTALS, SCHEDULER_NAME}
+    files |= {f"rng_state_{n}.pth" for n in processes} if len(processes) > 1 else {"rng_state.pth"}
+    if trainer.is_fsdp_enabled:
+        return files
+    adapter = isinstance(trainer.model, PeftModel)
+    files |= adapter_files() if adapter else {"model*.safetensors"}  # large ones are split
+    if trainer.is_deepspeed_enabled:
+        share = f"global_step{step}/*zero_pp_rank_%d_mp_rank_00_optim_states.pt"
+        return files | {share % n for n in processes}
+    if trainer.accelerator.scaler is not None:
+        files.add(SCALER_NAME)
+    return files | {OPTIMIZER_NAME}
+
+
+def adapter_files(name: str = "") -> set[str]:
+    """Those of an adapter in a checkpoint; PEFT puts all but the default one into a folder of its name."""
+    return {str(Path(name) / file) for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)}
+
+
+def problem(folder: Path, needed: Needed | None = None) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if it can.
+
+    Args:
+        needed: What its manifest must name; None to take it for complete.
+    """
     try:
         content = json.loads((folder / MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
@@ -152,21 +184,25 @@ def problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size or _sha256(path) != digest:
             return f"{name} has changed since it was saved"
-    return None
+    patterns = sorted(needed(_number(folder))) if needed is not None else ()
+    lacking = (pattern for pattern in patterns if not matching(expected, pattern))
+    return next(
+        (f"its manifest lacks {name}, which the run goes on from" for name in lacking), None
+    )
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose manifest holds, and why each newer one is passed over."""
+def newest_valid(folder: Path, needed: Needed | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose manifest holds (see `problem`), and why each newer one is passed over."""
     passed_over = {}
     for checkpoint in sorted(_numbered(folder), key=lambda path: -_number(path)):
-        reason = problem(checkpoint)
+        reason = problem(checkpoint, needed)
         if reason is None:
             return checkpoint, passed_over
         passed_over[checkpoint] = reason
     return None, passed_over
 
 
-def choose(folder: Path) -> tuple[Path | None, list[str]]:
+def choose(folder: Path, needed: Needed | None = None) -> tuple[Path | None, list[str]]:
     """`newest_valid`, with those passed over moved to `folder/invalid`: left in place they would count as the newest
     when older checkpoints are removed. Every process gets the main one's choice.
 
@@ -175,7 +211,7 @@ def choose(folder: Path) -> tuple[Path | None, list[str]]:
     """
     found = None
     if PartialState().is_main_process:
-        checkpoint, passed_over = newest_valid(folder)
+        checkpoint, passed_over = newest_valid(folder, needed)
         lines = [
             f"{path}: not used: {reason}; kept as {_set_aside(path)}"
             for path, reason in passed_over.items()

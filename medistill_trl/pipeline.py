@@ -20,6 +20,7 @@ from medistill_trl.checkpoints import (
     CheckpointCallback,
     Totals,
     choose,
+    files_of,
     load_totals,
     resume_in_same_dtypes,
 )
@@ -93,7 +94,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
         state.wait_for_everyone()
         before = measure_before(setting, directory)
         trainer = build_trainer(method, setting)
-        checkpoint = find_checkpoint(directory) if arguments.run.resume else None
+        checkpoint = find_checkpoint(directory, method, trainer) if arguments.run.resume else None
         train(trainer, setting.totals, checkpoint)
         write_results(trainer, setting, directory, recipe, loaded, before)
     state.wait_for_everyone()
@@ -208,9 +209,13 @@ def build_trainer(method: Method, setting: Setting) -> Trainer:
     return trainer
 
 
-def find_checkpoint(directory: RunDirectory) -> Path | None:
+def find_checkpoint(directory: RunDirectory, method: Method, trainer: Trainer) -> Path | None:
     """The newest valid checkpoint; what is invalid is named and moved aside."""
-    checkpoint, passed_over = choose(directory.checkpoints)
+
+    def needed(step: int) -> set[str]:
+        return files_of(trainer, step) | method.checkpoint_files(trainer, step)
+
+    checkpoint, passed_over = choose(directory.checkpoints, needed)
     for line in passed_over:
         logger.warning("%s", line)
     logger.info("resuming from %s", checkpoint or "the beginning: no whole checkpoint was saved")

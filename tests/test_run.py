@@ -335,7 +335,8 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(straight_and_killed):
     resumed = launch(*words, "--resume", config=config)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert f"{newest}: not used: " in resumed.stderr
-    assert "resuming from" in resumed.stderr
+    assert f"resuming from {killed}/checkpoints" in resumed.stderr
+    assert "its manifest lacks" not in resumed.stderr
     assert weights(killed) == weights(straight), f"killed at step {step}"
     one, two = record(straight), record(killed)
     assert one["heldout"] == two["heldout"]

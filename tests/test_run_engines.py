@@ -89,7 +89,7 @@ def test_zero2_goes_on_after_a_kill_bit_for_bit(straight, tmp_path):
     killed = as_killed(run, tmp_path / "killed")
     result = launch(*words, "--output_dir", killed, "--resume", config="zero2.yaml", **CPU)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "checkpoint-2" in result.stderr
+    assert f"resuming from {killed}/checkpoints/checkpoint-2" in result.stderr
     assert (killed / ADAPTER).read_bytes() == (run / ADAPTER).read_bytes()
     assert logged(killed, "loss") == logged(run, "loss")
 

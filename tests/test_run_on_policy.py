@@ -116,7 +116,8 @@ def test_killed_and_resumed_it_earns_the_same_rewards(tiny_overlay, tmp_path):
     assert not (killed / "COMPLETE").exists()
     result = launch(*words, "--resume", config="cpu_ddp.yaml")
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "resuming from" in result.stderr
+    assert f"resuming from {killed}/checkpoints" in result.stderr
+    assert "its manifest lacks" not in result.stderr
     assert (killed / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
     for name in ("reward_mean", "kl_to_teacher_nats", "kl_to_start_nats"):
         assert logged(killed, name) == logged(straight, name)

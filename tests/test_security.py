@@ -136,9 +136,11 @@ def test_even_with_a_forged_manifest_a_checkpoint_runs_no_code(tmp_path, checkpo
     write_manifest(checkpoints / "checkpoint-1")
     directory = RunDirectory(checkpoints.parent)
     setting = make_setting(tmp_path / "again", "sft", save_strategy="no")
-    trainer = pipeline.build_trainer(pipeline.methods.load("sft"), setting)
+    sft = pipeline.methods.load("sft")
+    trainer = pipeline.build_trainer(sft, setting)
+    found = pipeline.find_checkpoint(directory, sft, trainer)
     with pytest.raises(UserError, match=r"nothing of it was run"):
-        pipeline.train(trainer, setting.totals, pipeline.find_checkpoint(directory))
+        pipeline.train(trainer, setting.totals, found)
 
 
 # --- code that comes with a model ------------------------------------------------------------------

@@ -40,6 +40,10 @@ def _always(arguments: "Arguments") -> bool:
     return True
 
 
+def _no_files(trainer: "Trainer", step: int) -> set[str]:
+    return set()
+
+
 @dataclass(frozen=True)
 class Method:
     """What the pipeline needs to know of a method.
@@ -51,8 +55,7 @@ class Method:
             teacher's logits or hidden states for the student's tokens.
         build: From everything that is loaded to a trainer ready to train.
         paper: Where the objective comes from.
-        memory: What it does with a micro-batch, for the memory plan; by default the cross-entropy of TRL's
-            SFTTrainer.
+        memory: What it does with a micro-batch, for the memory plan; by default SFT's cross-entropy.
         example: From the method's config and a prompt to what the teacher is asked, and what the student
             would learn if the teacher wrote the reference; for the dry run.
         learns: What the student trains on, in a few words for the dry run.
@@ -69,6 +72,8 @@ class Method:
             store lacks something, and let go of before training.
         served_with: Settings with which a white-box method can do with what a server gives of the teacher, its
             likeliest tokens and the mass of all others: key → the value it must have, and why. None: there are none.
+        checkpoint_files: From the trainer and a step to what its checkpoint after that step must hold besides what
+            every trainer's does, as patterns of names: one whose manifest lacks some of it is not resumed.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Method:
     shards_teacher: bool = False
     keeps_teacher: "Callable[[Arguments], bool]" = _always
     served_with: "dict[str, tuple[object, str]] | None" = None
+    checkpoint_files: "Callable[[Trainer, int], set[str]]" = _no_files
 
 
 def load(name: str) -> Method:

@@ -233,6 +233,10 @@ class AdaKDTrainer(LogitKDTrainer):
         if self.follows and self.args.should_save:
             write_text(Path(output_dir) / FOCUS, json.dumps(asdict(self.focus)))
 
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        return {FOCUS} if self.follows else set()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.follows and checkpoint is not None:
@@ -255,4 +259,5 @@ METHOD = Method(
     check=check,
     engines=("zero2", "zero3"),
     shards_teacher=True,
+    checkpoint_files=AdaKDTrainer.checkpoint_files,
 )

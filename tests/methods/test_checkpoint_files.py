@@ -1,6 +1,9 @@
-"""What each method goes on from lies in its checkpoints: with any file of one missing or cut, an earlier one is taken."""
+"""What each method goes on from lies in its checkpoints: with any file of one missing, cut or left out of the manifest, an
+earlier one is taken."""
 
 import json
+import re
+from fnmatch import fnmatch
 from functools import partial
 
 import crafted_rationales
@@ -10,8 +13,9 @@ import spin_runs
 import tiny_setting
 
 from medistill_trl import methods, recipe
-from medistill_trl.checkpoints import ASIDE, MANIFEST, choose, newest_valid
-from medistill_trl.pipeline import build_trainer, train
+from medistill_trl.checkpoints import ASIDE, MANIFEST, choose, newest_valid, write_manifest
+from medistill_trl.pipeline import build_trainer, find_checkpoint, train
+from medistill_trl.run_directory import RunDirectory
 
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
 WRITING = {"data": {"max_prompt_tokens": 100}, "max_completion_length": 6}
@@ -20,7 +24,7 @@ WINDOW = {"num_generations": 2, "num_iterations": 2, **WRITING}
 
 EVERY = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "totals.json"}
 FULL = {"model.safetensors"}
-ADAPTER = {"adapter_model.safetensors"}
+ADAPTER = {"adapter_model.safetensors", "adapter_config.json"}
 # Settings that make a method keep all it can, and which files of its third step it cannot go on without.
 KINDS = {
     "sft": ({}, FULL),
@@ -50,8 +54,10 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(method)
     make = MAKERS.get(method) or partial(tiny_setting.make_setting, method=method)
     setting = make(folder, **SAVING | changes)
-    train(build_trainer(methods.load(method), setting), setting.totals, None)
-    return folder / "checkpoints", EVERY | own
+    trainer = build_trainer(methods.load(method), setting)
+    train(trainer, setting.totals, None)
+    find = partial(find_checkpoint, RunDirectory(folder), methods.load(method), trainer)
+    return folder / "checkpoints", EVERY | own, find
 
 
 def test_every_method_is_here():
@@ -59,8 +65,9 @@ def test_every_method_is_here():
 
 
 def test_a_checkpoint_holds_what_the_method_goes_on_from(saved):
-    checkpoints, needed = saved
+    checkpoints, needed, find = saved
     assert newest_valid(checkpoints) == (checkpoints / "checkpoint-3", {})
+    assert find() == checkpoints / "checkpoint-3"
     held = json.loads((checkpoints / "checkpoint-3" / MANIFEST).read_text())
     assert needed <= held.keys()
 
@@ -75,7 +82,7 @@ def cut(content):
     ids=["missing", "cut"],
 )
 def test_without_any_one_of_its_files_it_is_named_and_set_aside(saved, damage, said):
-    checkpoints, _ = saved
+    checkpoints, *_ = saved
     newest = checkpoints / "checkpoint-3"
     for name in json.loads((newest / MANIFEST).read_text()):
         path = newest / name
@@ -92,3 +99,23 @@ def test_without_any_one_of_its_files_it_is_named_and_set_aside(saved, damage, s
         (checkpoints / ASIDE / newest.name).rename(newest)
         path.write_bytes(whole)
     assert choose(checkpoints) == (newest, [])
+
+
+def test_a_manifest_that_leaves_one_of_them_out_is_not_believed(saved, tmp_path, caplog):
+    checkpoints, needed, find = saved
+    newest = checkpoints / "checkpoint-3"
+    for name in sorted(needed):
+        caplog.clear()
+        (newest / name).rename(tmp_path / "taken")
+        write_manifest(newest)
+        assert newest_valid(checkpoints) == (newest, {})  # as it stands there
+        assert find() == checkpoints / "checkpoint-2", name
+        lacking = re.search(
+            rf"{newest}: not used: its manifest lacks (\S+), which the run goes on from; kept as "
+            f"{checkpoints / ASIDE}", caplog.text
+        )[1]  # fmt: skip
+        assert fnmatch(name, lacking)
+        (checkpoints / ASIDE / newest.name).rename(newest)
+        (tmp_path / "taken").rename(newest / name)
+    write_manifest(newest)
+    assert find() == newest

@@ -200,5 +200,6 @@ METHOD = Method(
     check=check,
     engines=("zero2", "zero3"),
     shards_teacher=True,
+    checkpoint_files=BondTrainer.checkpoint_files,
     learns="its own samples, by how the teacher ranks them; here the reference stands in for one",
 )

@@ -12,6 +12,7 @@ from time import monotonic
 import torch
 from accelerate.utils import gather_object
 
+from medistill_trl.checkpoints import adapter_files
 from medistill_trl.losses.best_of_n import (
     backward_weights,
     leave_one_out,
@@ -187,6 +188,11 @@ class BondTrainer(OnPolicyTrainer):
         return {"kl_to_anchor": token_log_ratios(own, anchor)}
 
     # --- the final model -------------------------------------------------------------------------
+
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        anchor = adapter_files(ADAPTER) if self.anchor is not None else set()
+        return super().checkpoint_files(step) | anchor
 
     def save_model(self, output_dir=None, _internal_call=False):
         """A checkpoint holds the anchor, the final model does not."""

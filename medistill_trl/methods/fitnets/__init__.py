@@ -195,6 +195,7 @@ METHOD = Method(
     paper="arXiv 1412.6550",
     memory=FeatureMemory(),
     check=check,
+    checkpoint_files=FitNetsTrainer.checkpoint_files,
     engines=("zero2",),
     engine_note="it reads inner layers, which reentrant checkpointing under ZeRO-3 runs without a graph",
     across_tokenizers=True,

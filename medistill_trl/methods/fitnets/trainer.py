@@ -269,6 +269,10 @@ class FitNetsTrainer(SFTTrainer):
         if self.projections is not None and self.args.should_save:
             save_file(self.projections.state_dict(), Path(output_dir) / PROJECTIONS)
 
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        return {PROJECTIONS} if self.projections is not None else set()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         with self._student_alone():
             super()._load_from_checkpoint(resume_from_checkpoint, model)

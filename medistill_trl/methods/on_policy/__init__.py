@@ -166,5 +166,6 @@ METHOD = Method(
     check=check,
     engines=("zero2", "zero3"),
     shards_teacher=True,
+    checkpoint_files=OnPolicyTrainer.checkpoint_files,
     learns="its own samples, by the teacher's reward; here the reference stands in for one",
 )

@@ -271,20 +271,21 @@ class OnPolicyTrainer(GRPOTrainer):
 
     # --- checkpoints amid a window that is used several times ------------------------------------
 
-    @property
-    def _window_file(self) -> str:
-        return f"window_{self.accelerator.process_index}.pt"
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        amid = step % self.args.num_iterations != 0
+        return {_window_file(n) for n in range(self.args.world_size)} if amid else set()
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.state.global_step % self.args.num_iterations:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            torch.save(self._window, folder / self._window_file)
+            torch.save(self._window, folder / _window_file(self.accelerator.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.state.global_step % self.args.num_iterations:
-            path = Path(checkpoint) / self._window_file
+            path = Path(checkpoint) / _window_file(self.accelerator.process_index)
             # Several CPU processes have devices such as cpu:0, which torch.load does not know.
             kept = torch.load(path, map_location="cpu", weights_only=True)
             device = self.args.device
@@ -295,3 +296,7 @@ class OnPolicyTrainer(GRPOTrainer):
                 for batch in kept
                 for part in split_batch(batch, parts)
             ]
+
+
+def _window_file(process: int) -> str:
+    return f"window_{process}.pt"

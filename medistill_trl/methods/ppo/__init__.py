@@ -202,6 +202,7 @@ METHOD = Method(
     paper="arXiv 1707.06347",
     memory=RolloutMemory(),
     loss_falls=False,
+    checkpoint_files=PPODistillTrainer.checkpoint_files,
     engines=("zero2",),
     engine_note="its trainer does not set the kind of checkpointing that an adapter needs under ZeRO-3",
     check=check,

@@ -345,8 +345,8 @@ class PPODistillTrainer(PPOTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             value_head.save(self.value_head, folder)
-        if self._amid_rollout:
-            torch.save(self._rollout, folder / self._rollout_file)
+        if self._amid_rollout(self.state.global_step):
+            torch.save(self._rollout, folder / _rollout_file(self.accelerator.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with value_head.detached(self._student):
@@ -355,13 +355,18 @@ class PPODistillTrainer(PPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._amid_rollout:
-            self._rollout = torch.load(Path(checkpoint) / self._rollout_file, weights_only=True)
+        if checkpoint is not None and self._amid_rollout(self.state.global_step):
+            path = Path(checkpoint) / _rollout_file(self.accelerator.process_index)
+            self._rollout = torch.load(path, weights_only=True)
 
-    @property
-    def _amid_rollout(self) -> bool:
-        return self.state.global_step % self.args.steps_per_rollout != 0
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        processes = range(self.args.world_size if self._amid_rollout(step) else 0)
+        return {value_head.FILE, *map(_rollout_file, processes)}
 
-    @property
-    def _rollout_file(self) -> str:
-        return f"rollout_{self.accelerator.process_index}.pt"
+    def _amid_rollout(self, step: int) -> bool:
+        return step % self.args.steps_per_rollout != 0
+
+
+def _rollout_file(process: int) -> str:
+    return f"rollout_{process}.pt"

@@ -186,6 +186,7 @@ METHOD = Method(
     paper="arXiv 2401.01335",
     memory=PreferenceMemory(),
     loss_falls=False,
+    checkpoint_files=SpinTrainer.checkpoint_files,
     engines=(),
     engine_note="its optimizer and its reference start afresh with each iteration, and DeepSpeed keeps both to itself",
 )

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
+from medistill_trl.checkpoints import adapter_files
+
 ADAPTER = "ref"  # the name DPOTrainer gives it
 WEIGHTS = "reference.safetensors"  # in a checkpoint, where all weights are trained
 
@@ -80,6 +82,10 @@ class PreviousIterate:
         """Put it beside a checkpoint's weights. The second adapter is saved with the first."""
         if self.model is not None:
             save_model(self.model, folder / WEIGHTS)
+
+    def files(self) -> set[str]:
+        """What of it a checkpoint holds."""
+        return {WEIGHTS} if self.model is not None else adapter_files(ADAPTER)
 
     def load(self, folder: Path) -> None:
         """Undo of `save`; the second adapter was loaded with the first."""

@@ -350,6 +350,10 @@ class SpinTrainer(DPOTrainer):
             if self.previous is not None:
                 self.previous.save(folder)
 
+    def checkpoint_files(self, step: int) -> set[str]:
+        """See `Method`."""
+        return {DIGESTS} | (self.previous.files() if self.previous is not None else set())
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads the reference too, which an adapter is in the dtype of the one in training."""
         with kept_dtypes(self.model):
