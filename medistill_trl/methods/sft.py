@@ -85,7 +85,7 @@ class SFTDistillTrainer(SFTTrainer):
         self.sampling = sampling
         self.teacher_batch_size = teacher_batch_size
         self.totals = totals
-        self._means = TokenMeans()
+        self._means = {"": TokenMeans(), "eval_": TokenMeans()}  # by prefix in the log
         # TRL's default loss checkpoints each chunk, so the output head runs twice: ours does without. Other losses are
         # TRL's own, and where weights are sharded by FSDP2, a head is only whole within the model's forward.
         self.own_loss = (
@@ -130,7 +130,7 @@ class SFTDistillTrainer(SFTTrainer):
         return [self.data_collator(list(islice(examples, len(batch)))) for batch in batches]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not (self.own_loss and model.training):
+        if not self.own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
         hidden_BTH, _ = states_before_head(model, student, inputs)
@@ -138,7 +138,7 @@ class SFTDistillTrainer(SFTTrainer):
             total, sums = cross_entropy(
                 hidden_BTH, inputs["labels"], OutputHead.of(student), self.args.loss_chunk_size
             )
-        self._means.add(sums)
+        self._means[self._prefix].add(sums)
         loss = total / num_items_in_batch.clamp_min(1)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
@@ -146,9 +146,13 @@ class SFTDistillTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over tokens since the last log."""
-        if self.model.training:
-            logs = logs | self._means.take(self.accelerator)
+        taken = self._means[self._prefix].take(self.accelerator)
+        logs |= {self._prefix + n: mean for n, mean in taken.items()}  # evaluate returns it
         super().log(logs, start_time)
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.model.training else "eval_"
 
 
 def build(setting: Setting) -> SFTDistillTrainer:

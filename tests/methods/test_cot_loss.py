@@ -131,3 +131,5 @@ def test_evaluation_is_the_plain_cross_entropy_of_the_heldout_completions(tmp_pa
     assert not any(any(example["rationale_mask"]) for example in trainer.eval_dataset)
     expected, _ = plain(setting, trainer.eval_dataset, setting.student.state_dict(), 1.0, 1.0)
     assert found == pytest.approx([expected], rel=1e-5)
+    means = [e["eval_ce_nats"] for e in trainer.state.log_history if "eval_ce_nats" in e]
+    assert means == pytest.approx([expected], rel=1e-5)

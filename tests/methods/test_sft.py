@@ -86,6 +86,23 @@ def test_the_loss_is_trls_own_in_value_gradient_and_log(tmp_path):
     assert runs[True]["student_entropy_nats"] == pytest.approx(runs[False]["entropy"], rel=1e-4)
 
 
+def test_the_evaluation_is_trls_own_too(tmp_path):
+    found = {}
+    for own in (True, False):
+        trainer = methods.load("sft").build(make_setting(tmp_path / f"{own}", loss_chunk_size=5))
+        trainer.own_loss = own
+        found[own] = trainer.evaluate()
+    mine, trls = found[True], found[False]
+    for name, theirs in {
+        "loss": "loss",
+        "ce_nats": "loss",
+        "student_entropy_nats": "entropy",
+    }.items():
+        assert mine[f"eval_{name}"] == pytest.approx(trls[f"eval_{theirs}"], rel=1e-4)
+    assert mine["eval_mean_token_accuracy"] == pytest.approx(trls["eval_mean_token_accuracy"])
+    assert "eval_num_tokens" not in mine  # TRL counts what its own loss sees in training: nothing
+
+
 def test_another_loss_of_trl_is_trls(tmp_path):
     """DFT weighs each token by its probability, so its loss is another one."""
     first = {}

@@ -18,6 +18,10 @@ from medistill_trl.losses.token_kl import cross_entropy
 from medistill_trl.losses.token_means import TokenMeans
 from medistill_trl.prompts import IGNORED, PromptFormat
 
+# Prefixes in the log, each of means over its own tokens.
+TRAINED = ("", "rationale_", "answer_")
+EVALUATED = "eval_"
+
 
 class RationaleCollator(DataCollatorForLanguageModeling):
     """Pads tokenized examples and the mask that tells rationale from answer."""
@@ -42,7 +46,7 @@ class CoTTrainer(SFTTrainer):
         super().__init__(*args, data_collator=collator, processing_class=form.tokenizer, **kwargs)
         self.totals = totals
         self.uniform = self.args.rationale_weight == self.args.answer_weight
-        self._means = {part: TokenMeans() for part in ("", "rationale_", "answer_")}
+        self._means = {part: TokenMeans() for part in (*TRAINED, EVALUATED)}
         # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         student = self.accelerator.unwrap_model(self.model)
@@ -67,8 +71,6 @@ class CoTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask_BT = inputs.pop("rationale_mask")
-        if not model.training:  # evaluation is on plain completions
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
         hidden_BTH, _ = states_before_head(model, student, inputs)
         parts = self._parts(inputs["labels"], mask_BT)
@@ -86,6 +88,8 @@ class CoTTrainer(SFTTrainer):
         self, labels_BT: torch.Tensor, mask_BT: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, float]]:
         """What is weighed alike: prefix in the log → its labels and its weight."""
+        if not self.model.training:  # on plain completions
+            return {EVALUATED: (labels_BT, 1.0)}
         if self.uniform:
             return {"": (labels_BT, 1.0)}
         rationale_BT = mask_BT.bool()
@@ -111,8 +115,7 @@ class CoTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over tokens since the last log; where weights differ, of each part."""
-        if self.model.training:
-            for part, means in self._means.items():
-                taken = means.take(self.accelerator)
-                logs = logs | {f"{part}{name}": value for name, value in taken.items()}
+        for part in TRAINED if self.model.training else (EVALUATED,):
+            taken = self._means[part].take(self.accelerator)
+            logs |= {f"{part}{name}": value for name, value in taken.items()}  # evaluate returns it
         super().log(logs, start_time)
