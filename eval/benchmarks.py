@@ -110,8 +110,14 @@ def check(pair: Pair, data: Path, options: Options) -> None:
     load_benchmarks(data, replace(options, limit=1))
 
 
-def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict:
-    """Every benchmark that is there, for the student and the teacher. docs/evaluation.md has the keys."""
+def evaluate(
+    pair: Pair, data: Path, options: Options, store: ItemStore, quiet: bool = False
+) -> dict:
+    """Every benchmark that is there, for the student and the teacher. docs/evaluation.md has the keys.
+
+    Args:
+        quiet: Say nothing of what was found.
+    """
     benchmarks, skipped = load_benchmarks(data, options)
     result: dict = {"few_shot": options.few_shot}
     result |= {name: describe(benchmark) for name, benchmark in benchmarks.items()}
@@ -128,18 +134,20 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
                 benchmark, answers, shuffled
             )
             items += records(benchmark, subject.name, answers, shuffled)
-            logger.info(
-                "%s, %s: %.1f%% right; %.1f%% for always answering %s",
-                name,
-                subject.name,
-                100 * result[name][subject.name]["accuracy"]["value"],
-                100 * result[name]["floor"]["majority_accuracy"],
-                result[name]["floor"]["majority_label"],
-            )
+            if not quiet:
+                logger.info("%s", _sentence(name, subject.name, result[name]))
     if skipped:
         log_skipped(skipped)
         result["skipped"] = skipped
     return result | {"items": items}
+
+
+def _sentence(name: str, subject: str, found: dict) -> str:
+    floor = found["floor"]
+    return (
+        f"{name}, {subject}: {100 * found[subject]['accuracy']['value']:.1f}% right; "
+        f"{100 * floor['majority_accuracy']:.1f}% for always answering {floor['majority_label']}"
+    )
 
 
 def describe(benchmark: Benchmark) -> dict:

@@ -82,6 +82,7 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
         texts = prefix_set(name, pair, prompts, sampling, options, store)
         prefixes[name], records = measure.on(name, prompts, texts)
         items += [{"prefixes": name, **record} for record in records]
+        logger.info("%s", _sentence(name, prefixes[name]))
     greedy = [
         answers(pair, writer, prompts, Sampling(longest), options, store)
         for writer in ("student", "teacher")
@@ -97,6 +98,19 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
         "text": text,
         "items": items + [{"texts": "greedy", **record} for record in records],
     }
+
+
+def _sentence(name: str, found: dict) -> str:
+    if "micro" in found:
+        said = f"KL(T‖S) {_shown(found['micro']['kl_teacher_student_nats'])} nats"
+    else:
+        student, teacher = (_shown(found[f"{s}_bits_per_byte"]) for s in ("student", "teacher"))
+        said = f"student {student} bits per byte, teacher {teacher}"
+    return f"fidelity, {name} answers: {said}"
+
+
+def _shown(estimate: dict) -> str:
+    return "not defined" if estimate["value"] is None else f"{estimate['value']:.3f}"
 
 
 @dataclass

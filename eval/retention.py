@@ -7,6 +7,7 @@ by Holm's method for how many benchmarks there are.
 
 import logging
 from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ from medistill_trl.errors import UserError
 logger = logging.getLogger(__name__)
 
 FILES = benchmarks.FILES
-PROTOCOLS = {"benchmarks": benchmarks, "generative": generative}
+PROTOCOLS = {
+    "benchmarks": partial(benchmarks.evaluate, quiet=True),  # its own sentences hold as much
+    "generative": generative.evaluate,
+}
 ALPHA = 0.05
 NO_TEACHER = "there is no teacher to compare with; name one with --teacher"
 
@@ -38,7 +42,7 @@ NO_TEACHER = "there is no teacher to compare with; name one with --teacher"
 def check(pair: Pair, data: Path, options: Options) -> None:
     """Raises UserError for what would stop `evaluate`."""
     if pair.teacher is not None:
-        for part in PROTOCOLS.values():
+        for part in (benchmarks, generative):
             part.check(pair, data, options)
 
 
@@ -47,10 +51,10 @@ def evaluate(pair: Pair, data: Path, options: Options, store: ItemStore) -> dict
     if pair.teacher is None:
         return {"skipped": NO_TEACHER}
     result = {}
-    for name, part in PROTOCOLS.items():
-        records = part.evaluate(pair, data, options, store)["items"]
+    for name, answer in PROTOCOLS.items():
+        records = answer(pair, data, options, store)["items"]
         result[name] = compare_benchmarks(records, options.seed)
-        if part is benchmarks:
+        if name == "benchmarks":
             for benchmark, estimate in option_divergence(records).items():
                 result[name][benchmark]["option_js_nats"] = estimate
         for benchmark, found in result[name].items():

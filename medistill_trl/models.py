@@ -1,6 +1,7 @@
 """Tokenizers, the student and the frozen teacher, with device, dtype and quantisation explicit."""
 
 import logging
+from functools import cache
 
 import bitsandbytes as bnb
 import torch
@@ -44,11 +45,14 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _other_special_token(tokenizer, source)
-        logger.info(
-            "%s: padding with %s, since pad and EOS were the same", source.name, tokenizer.pad_token
-        )
+        _say_padding(source.name, tokenizer.pad_token)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+@cache  # teacher and student may be of one source
+def _say_padding(name: str, token: str) -> None:
+    logger.info("%s: padding with %s, since pad and EOS were the same", name, token)
 
 
 def _check_rows(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

@@ -67,6 +67,15 @@ def measured(measure):
     return pair, measure(pair)
 
 
+def test_each_set_of_answers_is_said_with_what_was_found(measured, measure, caplog):
+    caplog.set_level("INFO")
+    pair, found = measured
+    measure(pair)
+    for name, prefixes in found["prefixes"].items():
+        divergence = prefixes["micro"]["kl_teacher_student_nats"]["value"]
+        assert f"fidelity, {name} answers: KL(T‖S) {divergence:.3f} nats" in caplog.messages
+
+
 def distributions(rows: int, size: int, seed: int) -> Distribution:
     generator = torch.Generator().manual_seed(seed)
     return Distribution.of(torch.randn(rows, size, generator=generator) * 3)

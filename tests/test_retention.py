@@ -149,14 +149,18 @@ def test_the_divergence_over_options_by_hand():
 
 
 def test_the_part_reads_what_both_protocols_stored(
-    teacher_folder, other_teacher_folder, model_cache, sample_build, tmp_path
+    teacher_folder, other_teacher_folder, model_cache, sample_build, tmp_path, caplog
 ):
+    caplog.set_level("INFO")
     pair = load_models(ModelOptions(model=str(teacher_folder), teacher=str(other_teacher_folder)))
     options = Options(limit=4, generative_tokens=4, option_shuffles=0, benchmarks=["medqa"])
     data = sample_build[0]
     measured = benchmarks.evaluate(pair, data, options, ItemStore(tmp_path))
     store = ItemStore(tmp_path)
     found = evaluate(pair, data, options, store)
+    said = [message.split(":")[0] for message in caplog.messages if "right" in message]
+    parts = ["benchmarks, medqa", "generative, medqa"]
+    assert said == ["medqa, student", "medqa, teacher", *parts]  # nothing twice
     assert (store.computed, store.reused) == (0, 8)
     assert set(found) == {"benchmarks", "generative"}
     medqa = found["benchmarks"]["medqa"]
