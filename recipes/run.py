@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from medistill_trl import console, disk, launch, recipe
+from medistill_trl import console, disk, importing, launch, recipe
 from medistill_trl.errors import StartAgain, UserError
 
 
@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> None:
         for warning in checked.warnings:
             logging.getLogger("medistill_trl").warning("warning: %s", warning)
 
-        from medistill_trl import pipeline
+        with importing.many_modules():
+            from medistill_trl import pipeline
 
         folders = (checked.output_dir, Path(checked.values["completion_store"]).parent)
         with disk.explained(*folders, how_to_go_on="continue with --resume"):
