@@ -107,7 +107,7 @@ def check_sound(name: str, model: PreTrainedModel) -> None:
     for key, weight in model.named_parameters():
         if weight.is_meta or weight.numel() == 0:
             whole = False
-        elif weight.is_floating_point() and not torch.isfinite(weight).all():
+        elif weight.is_floating_point() and not _all_finite(weight):
             raise UserError(
                 f"model {name}: its weight {key} holds NaN or infinity; its files are damaged or were saved by a run "
                 "that failed, or float16 is too narrow for it (bfloat16 is not)"
@@ -123,3 +123,9 @@ def check_sound(name: str, model: PreTrainedModel) -> None:
             f"model {name}: gives NaN or infinity for a token; its files are damaged, or its dtype is too narrow "
             "(float16 overflows where bfloat16 does not)"
         )
+
+
+def _all_finite(weight: torch.Tensor) -> bool:
+    """Whether none of it is NaN or infinite, in one pass and without a tensor of its size: NaN is the extreme of what
+    holds one."""
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight))
