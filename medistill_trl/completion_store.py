@@ -2,7 +2,8 @@
 
 A completion is addressed by the teacher's exact weights, the rendered prompt, the sampling settings
 and the sample index. Any run or method that asks for the same address gets the same text, and the
-second run makes no teacher call. Each batch is one transaction: after a kill at most the batch in the
+second run makes no teacher call. So it is with what the untrained student answers to the held-out prompts (`untrained`);
+where "teacher" stands here, it is whoever writes. Each batch is one transaction: after a kill at most the batch in the
 making is drawn again. Of a server's answers those that arrive together are a batch.
 """
 

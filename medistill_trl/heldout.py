@@ -28,6 +28,7 @@ from medistill_trl.vocabulary import shared_vocabulary
 
 SERVED = "the teacher is served and gives no logits: KL is not measured, and top-1 is agreement with the tokens it wrote"
 ROWS_PER_CHUNK = 256  # float32 copies of the logits are made for this many tokens at a time
+NUM_EXAMPLES = 4  # prompts whose answers are shown
 
 
 @dataclass
@@ -288,12 +289,17 @@ class HeldoutCheck:
             self._teacher_ce[index] = F.cross_entropy(logits, target, reduction="sum").item()
         return self._teacher_ce[index]
 
-    def examples(self, student: PreTrainedModel, max_new_tokens: int, count: int = 4) -> list[str]:
-        """The student's own greedy answers to the first `count` prompts, for a reader to look at."""
-        prompts = [self.student_form.render(p.question) for p in self.prompts[:count]]
+    def examples(self, student: PreTrainedModel, max_new_tokens: int) -> list[str]:
+        """The student's own greedy answers to the first prompts, for a reader to look at."""
         with torch.autocast(student.device.type, torch.bfloat16, enabled=self.autocast):
-            answers = complete(student, self.student_form, prompts, Sampling(max_new_tokens))
+            answers = complete(
+                student, self.student_form, self.example_prompts(), Sampling(max_new_tokens)
+            )
         return [answer.text for answer in answers]
+
+    def example_prompts(self) -> list[str]:
+        """Those that `examples` answers, as the student reads them."""
+        return [self.student_form.render(p.question) for p in self.prompts[:NUM_EXAMPLES]]
 
 
 class HeldoutCallback(TrainerCallback):

@@ -92,7 +92,7 @@ def run(recipe: Recipe) -> RunDirectory | None:
             directory.check(recipe)  # once more, now that nobody else can change it
             directory.start(recipe, inputs)
         state.wait_for_everyone()
-        before = measure_before(setting, directory)
+        before = measure_before(setting, directory, loaded)
         trainer = build_trainer(method, setting)
         checkpoint = find_checkpoint(directory, method, trainer) if arguments.run.resume else None
         train(trainer, setting.totals, checkpoint)

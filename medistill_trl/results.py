@@ -13,11 +13,12 @@ from medistill_trl.out_of_memory import Changes
 from medistill_trl.recipe import Recipe
 from medistill_trl.run_directory import HELDOUT, RECORD, RunDirectory
 from medistill_trl.setting import Setting
+from medistill_trl.untrained import untrained_answers
 
 logger = logging.getLogger(__name__)
 
 
-def measure_before(setting: Setting, directory: RunDirectory) -> dict:
+def measure_before(setting: Setting, directory: RunDirectory, loaded: Loaded) -> dict:
     """The held-out check of the untrained student; measured once and kept over resumes."""
     name = "heldout_before.json"
     if not (directory.results / name).exists():
@@ -25,9 +26,7 @@ def measure_before(setting: Setting, directory: RunDirectory) -> dict:
         before = {
             "measured": setting.heldout.summary(sums),
             "records": setting.heldout.records(sums),
-            "answers": setting.heldout.examples(
-                setting.student, setting.arguments.teacher.teacher_max_new_tokens
-            ),
+            "answers": untrained_answers(setting, loaded.student),
         }
         if PartialState().is_main_process:
             directory.write_result(name, before)

@@ -60,9 +60,10 @@ def entry(out, name):
     return next(run for run in record(out)["runs"] if run["name"] == name)
 
 
-def prompts_drawn(out):
+def drawn_in(out):
+    """Whose completions of which prompts the store holds."""
     with sqlite3.connect(out / "completions.sqlite") as database:
-        return [row[0] for row in database.execute("SELECT prompt FROM completions")]
+        return database.execute("SELECT teacher, prompt FROM completions").fetchall()
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +259,7 @@ def test_killed_and_given_again_it_ends_as_the_same_study(tmp_path, teacher_fold
     for name in (SFT, KD):
         assert (out / name / ADAPTER).read_bytes() == (expected / name / ADAPTER).read_bytes()
         assert entry(out, name)["heldout"] == entry(expected, name)["heldout"]
-    assert sorted(prompts_drawn(out)) == sorted(prompts_drawn(expected))
+    assert sorted(drawn_in(out)) == sorted(drawn_in(expected))
     for key in ("measures", "primary", "ranking", "curves"):
         assert comparison(out)[key] == comparison(expected)[key], key
 
@@ -270,8 +271,9 @@ def test_every_teacher_completion_is_drawn_once(tmp_path, teacher_folder, model_
     result = run_command(*words(tmp_path, overlay))
     assert result.returncode == 0, result.stdout
     out = tmp_path / "out"
-    drawn = prompts_drawn(out)
-    assert len(drawn) == len(set(drawn)) == 8 + 4  # to train on, and held out
+    drawn = drawn_in(out)
+    # To train on, held out, and what the student answers to the latter before training.
+    assert len(drawn) == len(set(drawn)) == 8 + 4 + 4
     assert entry(out, SFT)["tokens"]["generated_teacher"] > 0
     assert entry(out, KD)["tokens"]["generated_teacher"] == 0
 
@@ -290,7 +292,7 @@ def test_a_second_study_over_the_same_prompts_asks_the_teacher_nothing(
         overlay = write_tiny_overlay(folder, teacher_folder)
         result = run_command(*words(folder, overlay))
         assert result.returncode == 0, result.stdout
-        drawn.append(sorted(prompts_drawn(tmp_path)))
+        drawn.append(sorted(drawn_in(tmp_path)))
     assert drawn[0] == drawn[1]
     out = tmp_path / "second/out"
     for name in ("sft-seed_2", "logit_kd-seed_2"):
