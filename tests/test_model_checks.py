@@ -60,6 +60,10 @@ DAMAGE = {
     ),
     "NaN": (lambda f: change_weight(f, NORM, with_value(float("nan"))), f"{NORM} holds NaN"),
     "infinity": (lambda f: change_weight(f, NORM, with_value(float("inf"))), f"{NORM} holds NaN"),
+    "minus infinity": (
+        lambda f: change_weight(f, NORM, with_value(float("-inf"))),
+        f"{NORM} holds NaN",
+    ),
     "another shape": (lambda f: change_weight(f, NORM, lambda t: t[:32].clone()), "weights cannot be loaded"),
     "a weight that is cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
