@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 REAL = (torch.bool, torch.int32, torch.int64)
+DEVICE = torch.ops.prim.device.default
 aten = torch.ops.aten
 
 
@@ -79,21 +80,20 @@ class Meter(TorchDispatchMode):
     # --- every operation
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is DEVICE:  # most of all calls, by the library itself
+            return args[0].fake_device
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        fake = FakeTensor in types
         if fake and func is aten._local_scalar_dense.default:
             return 1.0  # nobody knows
-        if not fake and (tensors or _makes_integers(func, kwargs)):
+        if not fake and (_tensors((args, kwargs)) or _makes_integers(func, kwargs)):
             result = _really(func, args, kwargs)
         else:
             if func is aten.index.Tensor:
                 args = (args[0], _as_positions(args[1]))
-            with self._fake:
-                result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
+            result = self._fake.dispatch(func, types, args, kwargs)
+        for tensor in _tensors(result):
+            self._count(tensor)
         return result
 
     def _count(self, tensor: torch.Tensor) -> None:
@@ -112,6 +112,13 @@ class Meter(TorchDispatchMode):
         _, (size, label) = self._storages.pop(address)
         self._live[label] -= size
         self._total -= size
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    """Within what an operation takes or gives."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _really(func, args, kwargs):

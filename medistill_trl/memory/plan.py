@@ -155,7 +155,8 @@ class Planner:
 
     def largest_micro_batch(self, gb: float, checkpointing: bool) -> int:
         """The most rows that train within so many GB; 0 if not even one does."""
-        most = 0
+        own = self.arguments.training.per_device_train_batch_size
+        most = own if self.train(own, checkpointing).gb <= gb else 0
         step = 1
         while self.train(most + step, checkpointing).gb <= gb:
             most += step
