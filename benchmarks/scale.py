@@ -27,6 +27,7 @@ TWO_TOKENIZERS = (
 # What the report's authors may have run: of each, whether it trains on 32 GB.
 SUSPECTS = {
     "the recipe: 4-bit teacher, QLoRA, checkpointing": "",
+    "16 answers at a time": "--teacher_batch_size 16",
     "without checkpointing": "--gradient_checkpointing false",
     "without checkpointing, logits of the whole batch": "--gradient_checkpointing false --loss_chunk_size 4096",
     "without checkpointing, batch 8": "--gradient_checkpointing false --per_device_train_batch_size 8",
@@ -157,6 +158,12 @@ def main() -> None:
         print("\n## Steps and hours for 80,000 examples, three times\n")
         cases = [
             (f"7B → 1.1B, one {RTX5090.name}", REPORT, RTX5090, 1),
+            (
+                f"7B → 1.1B, one {RTX5090.name}, 16 answers at a time",
+                f"{REPORT} --teacher_batch_size 16",
+                RTX5090,
+                1,
+            ),
             (f"70B → 1.5B, one {H100.name}", TWO_TOKENIZERS, H100, 1),
             (f"70B → 1.5B, eight {H100.name}", TWO_TOKENIZERS, H100, 8),
         ]

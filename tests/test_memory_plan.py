@@ -10,12 +10,13 @@ from real_meter import RealMeter
 from tiny_setting import make_form, make_setting
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from medistill_trl import methods
+from benchmarks.scale import REPORT, SMALL, planned
+from medistill_trl import methods, recipe
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
 from medistill_trl.data import Prompt
 from medistill_trl.memory.plan import PHASES, Planner, teacher_resident, usable
 from medistill_trl.memory.step import Lengths
-from medistill_trl.model_source import find_config, resolve
+from medistill_trl.model_source import resolve
 from medistill_trl.models import load_student, load_tokenizer
 from medistill_trl.setting import Arguments
 
@@ -229,27 +230,52 @@ def _lengths(inputs) -> Lengths:
 # --- large models, from their shapes alone
 
 
-def report_plan(**training) -> Planner:
-    """Of the report's recipe: a 7B teacher and a 1.1B student in 4 bits, LoRA r=16, 4 × 1024 tokens."""
-    given = arguments(
-        "logit_kd",
-        {"student_load_in_4bit": True, "student_dtype": "bfloat16", "lora_dropout": 0.05},
-        {"teacher_load_in_4bit": True, "teacher_dtype": "bfloat16", "teacher_max_new_tokens": 256},
-        prompt=768, **{"bf16": True, "per_device_train_batch_size": 4, "max_length": 1024} | training,
-    )  # fmt: skip
-    shapes = (find_config(str(SHAPES / name)) for name in ("tinyllama_1.1b", "meditron_7b"))
-    return planner(given, *shapes, "cuda")
+TWELVE_GIB = 12 * 2**30 / 1e9
 
 
-def test_the_reports_recipe_trains_in_less_than_twelve_gib():
-    found = report_plan()
+def test_the_reports_recipe_takes_less_than_twelve_gib_in_every_phase():
+    found = planned(REPORT)
+    phases = found.plan().phases
+    assert [phase.name for phase in phases] == list(PHASES)
+    assert all(phase.gb < TWELVE_GIB for phase in phases)
     with_it, without = (found.train(4, checkpointing) for checkpointing in (True, False))
-    assert with_it.gb < 12 * 2**30 / 1e9
+    assert with_it.gb == phases[2].gb
     assert 12 < without.gb < 20
     # 6.5 billion weights at half a byte and a scale, and the embeddings in bfloat16.
     assert with_it.parts["teacher weights"] == pytest.approx(3.87, abs=0.02)
     # Of every layer the input, and one layer computed again.
     assert with_it.parts["student activations"] > 22 * 4 * 1024 * 2048 * 2 / 1e9
+    # Eight answers of 1024 tokens, keys and values of 32 layers, 2 bytes each.
+    assert phases[0].parts["KV cache"] == pytest.approx(8 * 1024 * 32 * 2 * 4096 * 2 / 1e9)
+
+
+WRITTEN_FOR = ["sft", "logit_kd", "adakd", "cot", "fitnets", "attention"]
+
+
+@pytest.mark.parametrize("method", WRITTEN_FOR)
+def test_recipes_that_the_teacher_writes_for_do_so_in_less_than_twelve_gib(method):
+    found = planned(f"recipes/{method}.yaml {SMALL} --max_prompt_tokens 768")
+    assert found._generate.gb < TWELVE_GIB
+
+
+@pytest.mark.parametrize("method", [*WRITTEN_FOR, "on_policy", "ppo", "spin", "bond"])
+def test_the_embedded_pair_answers_a_whole_window(method):
+    """What is drawn there depends on who is answered together, and the numbers of the docs on what is drawn."""
+    given = recipe.load([f"recipes/{method}.yaml", "recipes/overlays/embedded.yaml"])
+    assert given.resolved()["teacher_batch_size"] == (16 if method == "bond" else None)
+
+
+def test_a_student_that_writes_beside_the_teacher_answers_as_many():
+    def rows(**teacher):
+        given = arguments(
+            "logit_kd", teacher=teacher, lmbda=0.5, per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        return methods.load("logit_kd").memory.student_rows(given)
+
+    assert rows() == 8
+    assert rows(teacher_batch_size=3) == 3
+    assert rows(teacher_batch_size=9) == 8
 
 
 @pytest.fixture(scope="module")
@@ -270,10 +296,8 @@ def test_the_command_shows_parts_phases_and_micro_batches(shown):
     table = {name: [float(cell) for cell in cells.split()] for name, cells in rows}
     one, four, eight = table["with gradient checkpointing"]
     assert one < four == table["together"][2] < eight
-    assert four == pytest.approx(
-        report_plan(gradient_accumulation_steps=4).train(4, True).gb, abs=0.05
-    )
-    assert table["KV cache"] == [pytest.approx(16 * 1024 * 32 * 2 * 4096 * 2 / 1e9, abs=0.01)]
+    assert four == pytest.approx(planned(REPORT).train(4, True).gb, abs=0.05)
+    assert table["KV cache"] == [pytest.approx(8 * 1024 * 32 * 2 * 4096 * 2 / 1e9, abs=0.01)]
     assert table["without gradient checkpointing"][1] > 2 * four
 
 

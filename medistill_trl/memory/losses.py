@@ -101,7 +101,8 @@ class Distillation(CrossEntropy):
     """Both models' logits a chunk at a time (`losses.token_kl`, `losses.span_kl`)."""
 
     def student_rows(self, arguments):
-        return window(arguments) if arguments.training.lmbda > 0 else 0
+        rows = window(arguments) if arguments.training.lmbda > 0 else 0
+        return min(rows, arguments.teacher.teacher_batch_size or rows)
 
     def loss(self, step, rows):
         inputs = step.inputs(rows)
