@@ -14,8 +14,8 @@ from benchmarks.scale import REPORT, SMALL, planned
 from medistill_trl import methods, recipe
 from medistill_trl.arguments import DataArguments, RunArguments, StudentArguments, TeacherArguments
 from medistill_trl.data import Prompt
-from medistill_trl.memory.plan import PHASES, Planner, teacher_resident, usable
-from medistill_trl.memory.step import Lengths
+from medistill_trl.memory.plan import PHASES, Planner, longest, teacher_resident, usable
+from medistill_trl.memory.step import FORWARD, GRADIENTS, UPDATE, Lengths
 from medistill_trl.model_source import resolve
 from medistill_trl.models import load_student, load_tokenizer
 from medistill_trl.setting import Arguments
@@ -113,6 +113,65 @@ def test_the_kv_cache_is_that_of_a_generation():
     assert parts["KV cache"] == pytest.approx(measured / 1e9)
 
 
+def test_optimizers_keep_what_they_keep_of_every_weight():
+    def state(optim):
+        found = planner(arguments(student={"use_lora": False}, optim=optim), llama(2), llama(2))
+        return found.held[f"optimizer ({optim})"]
+
+    sizes = [p.numel() for p in LlamaForCausalLM(llama(2)).parameters()]
+    small = sum(size for size in sizes if size < 4096)
+    assert 0 < small < sum(sizes)
+    assert state("adamw_torch") == pytest.approx(2 * 4 * sum(sizes))
+    assert state("lion_32bit") == pytest.approx(4 * sum(sizes))
+    assert state("sgd") == 0
+    assert state("adamw_8bit") == pytest.approx(2 * (sum(sizes) - small) + 2 * 4 * small)
+
+
+def test_as_many_answers_are_planned_as_are_written_at_a_time():
+    def rows(completions, size=None):
+        writing = {"teacher_completions": completions, "teacher_batch_size": size}
+        given = arguments(
+            teacher=writing | {"teacher_max_new_tokens": 60}, prompt=4,
+            per_device_train_batch_size=4, gradient_accumulation_steps=6,
+        )  # fmt: skip
+        parts = phase(planner(given, llama(2), llama(2)).plan(), "generate").parts
+        return round(parts["KV cache"] * 1e9 / (64 * 2 * 2 * 2 * 16 * 4))
+
+    assert rows("online") == 24
+    assert rows("stored") == 16
+    assert rows("online", 5) == rows("stored", 5) == 5
+    samples = arguments("on_policy", teacher={"teacher_batch_size": 3}, num_generations=2)
+    assert methods.load("on_policy").memory.student_rows(samples) == 3
+
+
+def test_examples_are_cut_at_the_longest_that_is_trained_on():
+    assert longest(arguments(prompt=48, max_length=None), 16) == Lengths(48, 16)
+    assert longest(arguments(prompt=48, max_length=60), 16) == Lengths(48, 12)
+    assert longest(arguments(prompt=48, max_length=40), 16) == Lengths(39, 1)
+
+
+def test_an_evaluation_counts_where_there_is_one():
+    def score(strategy):
+        given = arguments(eval_strategy=strategy, per_device_eval_batch_size=64)
+        return planner(given, llama(2), llama(2))._score.gb
+
+    assert score("epoch") > 1.5 * score("no")
+
+
+def test_gradients_of_a_window_and_the_update_are_counted():
+    def peaks(steps, device_type="cpu"):
+        given = arguments(
+            student={"use_lora": False}, gradient_accumulation_steps=steps, optim="adamw_torch"
+        )
+        return planner(given, llama(2), llama(2), device_type).training_peaks(2, False)
+
+    weights = sum(p.nbytes for p in LlamaForCausalLM(llama(2)).parameters())
+    assert peaks(2)[FORWARD][GRADIENTS] == pytest.approx(weights)
+    assert peaks(1)[FORWARD][GRADIENTS] == 0
+    # On a GPU temporaries of all tensors are alive together, on a CPU those of the largest alone.
+    assert peaks(1, "cuda")[UPDATE][UPDATE] >= weights > 1.5 * peaks(1)[UPDATE][UPDATE]
+
+
 def test_what_methods_hold_besides_is_planned():
     from medistill_trl.methods.bond import METHOD as BOND
 
@@ -157,6 +216,7 @@ CASES = [
     ("attention", {"lora": True}),
     ("spin", {"lora": True, "num_iterations": 1, "max_new_tokens": 2, "beta": 0.1}),
     pytest.param("sft", {"lora": True}, marks=SLOW),
+    pytest.param("sft", {"lora": True, "bf16": True}, marks=SLOW),
     pytest.param("logit_kd", {"lora": True}, marks=SLOW),
     pytest.param("adakd", {}, marks=SLOW),
     pytest.param("cot", {"lora": True, "rationale_max_new_tokens": 64}, marks=SLOW),
@@ -174,6 +234,8 @@ def test_a_plan_is_what_real_training_steps_take(method, changes, tmp_path):
     form = make_form()
     sizes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": len(form.tokenizer)}
     teacher, student = (LlamaForCausalLM(llama(6, **sizes)) for _ in range(2))
+    dtype = "bfloat16" if changes.get("bf16") else "float32"
+    student = student.to(getattr(torch, dtype))
     question = " ".join(["What causes asthma and how is it treated?"] * 4)
     prompts = [Prompt(f"p{n}", "s", question + " Why?" * (n % 3), "r", None) for n in range(8)]
     setting = make_setting(
@@ -197,7 +259,7 @@ def test_a_plan_is_what_real_training_steps_take(method, changes, tmp_path):
     with meter:
         trainer.train()
     given = setting.arguments
-    given.student.lora_r, given.student.student_dtype = 4, "float32"
+    given.student.lora_r, given.student.student_dtype = 4, dtype
     given.teacher.teacher_dtype = "float32"
     lengths = max(seen, key=lambda lengths: lengths.total)
     found = planner(given, student.config, teacher.config, lengths=lengths)
