@@ -120,7 +120,7 @@ def test_it_comes_to_what_more_memory_would_have(tiny_overlay, tmp_path):
     environment = os.environ | {"ROWS": "1", "STEP": "2", "PROMPTS": "3"}
     result = run_command(sys.executable, *words(tiny_overlay), env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "teacher_batch_size: 8 → 2" in result.stderr
+    assert "teacher_batch_size: None → 2" in result.stderr
     run, roomy = tmp_path / "run", tmp_path / "roomy"
     assert len(record(run)["out_of_memory"]) == 2
     environment = os.environ | {"ROWS": "1000"}
