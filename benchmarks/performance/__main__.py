@@ -21,6 +21,7 @@ from medistill_trl.files import write_text
 from medistill_trl.recipe import methods
 
 PARTS = ("steps", "generation", "growth", "data", "evaluation", "startup", "first_step")
+COMMANDS = ("data", "evaluation", "startup", "first_step")  # in processes of their own
 ROOT = Path(__file__).resolve().parent.parent.parent  # recipes name their files from here
 
 
@@ -79,9 +80,12 @@ def main(words: list[str]) -> int:
         return error.exit_code
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
     from benchmarks.performance import document
     from benchmarks.training_step import machine
 
+    threads = torch.get_num_threads()
     console.set_up(main_process=True)
     console.quiet_loading_bars()
     given.out = given.out.resolve()
@@ -91,6 +95,8 @@ def main(words: list[str]) -> int:
         path = given.out / f"{name}.json"
         if path.is_file() and not given.again:
             continue
+        # Threads that wait for each other would spend seconds of the processor too.
+        torch.set_num_threads(threads if name in COMMANDS else 1)
         content = {"machine": machine(), "repetitions": given.repetitions, "found": measure()}
         write_text(path, json.dumps(content, indent=1) + "\n")
     text = document.page(given.out, given.document.read_text(encoding="utf-8"))

@@ -13,7 +13,9 @@ from medistill_trl.recipe import methods
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 MOST_OVERHEAD = 0.10  # of a step
 MOST_SECONDS = {"import": 0.3, "--help": 0.5, "first optimizer step": 20}
+ONCE = ("data", "evaluation", "first_step")  # measured in one pass
 MISSING = "Not measured yet."
+STORED = "store, second time"  # nothing is written
 LIMITED = ("s", "processor s", "at most", "")  # columns of what may take so long
 
 
@@ -61,7 +63,9 @@ def _section(found: dict, name: str, table: Callable[[dict], str]) -> str:
 
 def _where(part: str, content: dict) -> str:
     """The command and the machine."""
-    words = f"python -m benchmarks.performance {part} --repetitions {content['repetitions']}"
+    words = f"python -m benchmarks.performance {part}"
+    if part not in ONCE:
+        words += f" --repetitions {content['repetitions']}"
     return f"`{words}`: {content['machine']}."
 
 
@@ -125,13 +129,13 @@ def generation(found: dict) -> str:
         [
             name,
             f"{median(values):.2f}",
-            f"{found['tokens'] / median(values):,.0f}",
+            f"{found['tokens'] / median(values):,.0f}" if name != STORED else "",
             ratio_with_spread(values, plain),
         ]
         for name, values in found["seconds"].items()
     ]
     said = f"{found['prompts']} prompts, {found['tokens']:,} tokens, greedy."
-    head = ["", "processor s", "tokens / s", "/ generate, same batch"]
+    head = ["", "processor s", "tokens / processor s", "/ generate, same batch"]
     return f"{said}\n\n{markdown(head, rows)}"
 
 
@@ -185,7 +189,8 @@ def data(found: list[dict]) -> str:
         ]
         for one in found
     ]
-    return markdown(["rows of the pool", "rows read", "s", "rows / s", "GiB"], rows)
+    table = markdown(["rows of the pool", "rows read", "s", "rows / s", "GiB"], rows)
+    return f"In one process, by the clock.\n\n{table}"
 
 
 def evaluation(found: dict) -> str:
