@@ -12,7 +12,7 @@ RUN := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipe
 .PHONY: help setup demo test test-all torture audit reproduce bench vllm lint clean
 
 help:
-	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (6 to 8 minutes)"
+	@echo "make demo      distil the embedded pair on the CPU: no GPU, no model hub (about ten minutes)"
 	@echo "make test      lint and test"
 	@echo "make test-all  the same with the slow proofs"
 	@echo "make torture   kill every command at random and resume it; fill the disk at every write (SEED=0 KILLS=4);"

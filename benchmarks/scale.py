@@ -28,7 +28,7 @@ TWO_TOKENIZERS = (
 )
 # What the report's authors may have run: of each, whether it trains on 32 GB.
 SUSPECTS = {
-    "the recipe: 4-bit teacher, QLoRA, checkpointing": "",
+    "4-bit teacher, QLoRA, checkpointing": "",
     "without checkpointing": "--gradient_checkpointing false",
     "without checkpointing, logits of the whole batch": "--gradient_checkpointing false --loss_chunk_size 4096",
     "without checkpointing, batch 8": "--gradient_checkpointing false --per_device_train_batch_size 8",
@@ -154,7 +154,7 @@ def main() -> None:
     with weightless.quiet():
         print("## The report's pair, 4 examples of 768 + 256 tokens\n")
         print(memory_table(SUSPECTS, REPORT, RTX5090.vram))
-        print(row("the recipe, 16 answers at a time", planned(SIXTEEN), RTX5090.vram))
+        print(row("first row, 16 answers at a time", planned(SIXTEEN), RTX5090.vram))
         print("\n## Meditron-70B → Qwen2-1.5B, 2 examples of 768 + 256 tokens\n")
         print(memory_table(LARGE_CASES, TWO_TOKENIZERS, H100.vram))
         print("\n## Steps and hours for 80,000 examples, three times\n")

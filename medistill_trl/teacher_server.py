@@ -3,7 +3,7 @@
 It speaks the OpenAI-compatible `/v1/models` and `/v1/completions`, as vLLM and SGLang serve them.
 
 A request is tried again, after 0.5 s, 1 s, 2 s, … up to 30 s, while the server cannot be reached, drops the
-connection, gives no answer in time or says 408, 429 or 5xx; what it refuses for good is an error at once.
+connection, gives no answer in time or says 408, 429, 500, 502, 503 or 504; what it refuses for good is an error at once.
 """
 
 import asyncio

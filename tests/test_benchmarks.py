@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer
 
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed; its scripts run as `python -m`
-
 from benchmarks import kd_step, reproduce
 from benchmarks.fidelity import (
     Answer,

@@ -10,8 +10,6 @@ import torch
 from conftest import ROOT
 from tiny_setting import make_form, make_setting
 
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed; its scripts run as `python -m`
-
 from benchmarks.performance import commands, document, generation, growth, startup, steps
 from benchmarks.performance.__main__ import main
 from benchmarks.performance.bare_steps import BARE

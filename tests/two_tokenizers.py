@@ -1,13 +1,10 @@
 """Tokenizers of the two families a pair may be of, and changed copies of a tokenizer."""
 
 import json
-import sys
 
-from conftest import CORPUS, ROOT, make_tokenizer
+from conftest import CORPUS, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks.sentence_piece import BYTES, train_sentence_piece
 

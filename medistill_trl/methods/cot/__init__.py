@@ -145,6 +145,12 @@ class CoTConfig(ChunkArguments, SFTConfig):
                 f"num_rationales is {self.num_rationales} and sampling_temperature 0: greedy rationales of one "
                 "prompt are all alike; raise the temperature or ask for one"
             )
+        weights_differ = self.rationale_weight != self.answer_weight
+        if weights_differ and self.loss_type != "chunked_nll":
+            raise ValueError(
+                f"loss_type: {self.loss_type} knows no weights, and rationale_weight is {self.rationale_weight}, "
+                f"answer_weight {self.answer_weight}; leave loss_type out, or make them equal"
+            )
         if self.min_rationale_tokens > self.max_rationale_tokens:
             raise ValueError(
                 f"min_rationale_tokens must not exceed max_rationale_tokens, got {self.min_rationale_tokens} "

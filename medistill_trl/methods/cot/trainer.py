@@ -47,6 +47,10 @@ class CoTTrainer(SFTTrainer):
         self.totals = totals
         self.uniform = self.args.rationale_weight == self.args.answer_weight
         self._means = {part: TokenMeans() for part in (*TRAINED, EVALUATED)}
+        # As in SFT, other losses are TRL's; they know no weights.
+        self.own_loss = not self.uniform or (
+            self.args.loss_type == "chunked_nll" and not self.aux_loss_enabled
+        )
         # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
         self.model_accepts_loss_kwargs = True
         student = self.accelerator.unwrap_model(self.model)
@@ -71,6 +75,8 @@ class CoTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask_BT = inputs.pop("rationale_mask")
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
         hidden_BTH, _ = states_before_head(model, student, inputs)
         parts = self._parts(inputs["labels"], mask_BT)
