@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import filter as matching
@@ -21,6 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from medistill_trl.files import write_text
 
@@ -143,7 +144,9 @@ def write_manifest(folder: Path) -> None:
 def files_of(trainer: Trainer, step: int) -> set[str]:
     """What every run goes on from after a step, as patterns of names: transformers does not miss all of it."""
     processes = range(trainer.args.world_size)
-    files = {TRAINER_STATE_NAME, TOTALS, SCHEDULER_NAME}
+    files = {TRAINER_STATE_NAME, TOTALS}
+    if not _deepspeed_schedules(trainer):
+        files.add(SCHEDULER_NAME)
     files |= {f"rng_state_{n}.pth" for n in processes} if len(processes) > 1 else {"rng_state.pth"}
     if trainer.is_fsdp_enabled:
         return files
@@ -155,6 +158,14 @@ def files_of(trainer: Trainer, step: int) -> set[str]:
     if trainer.accelerator.scaler is not None:
         files.add(SCALER_NAME)
     return files | {OPTIMIZER_NAME}
+
+
+def _deepspeed_schedules(trainer: Trainer) -> bool:
+    """Whether a DeepSpeed config of the user's own names optimizer or scheduler: then its checkpoint holds both."""
+    if not trainer.is_deepspeed_enabled:
+        return False
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    return "optimizer" in config or "scheduler" in config
 
 
 def adapter_files(name: str = "") -> set[str]:
@@ -184,11 +195,22 @@ def problem(folder: Path, needed: Needed | None = None) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size or _sha256(path) != digest:
             return f"{name} has changed since it was saved"
-    patterns = sorted(needed(_number(folder))) if needed is not None else ()
+    try:
+        patterns = sorted(needed(_number(folder)) | _shards(folder, expected)) if needed else []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"its {SAFE_WEIGHTS_INDEX_NAME} cannot be read"
     lacking = (pattern for pattern in patterns if not matching(expected, pattern))
     return next(
         (f"its manifest lacks {name}, which the run goes on from" for name in lacking), None
     )
+
+
+def _shards(folder: Path, names: Iterable[str]) -> set[str]:
+    """The files of weights that are split, by their index; the index, if it is not among the names but a shard is."""
+    if SAFE_WEIGHTS_INDEX_NAME not in names:
+        return {SAFE_WEIGHTS_INDEX_NAME} if matching(names, "model-*-of-*.safetensors") else set()
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+    return {str(name) for name in index["weight_map"].values()}
 
 
 def newest_valid(folder: Path, needed: Needed | None = None) -> tuple[Path | None, dict[Path, str]]:

@@ -111,7 +111,8 @@ def load(arguments: list[str]) -> Recipe:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The recipe a run was saved with. Its files need not be there any more.
+    """The recipe a run was saved with; keys that the project has since got have their defaults. Its files need not be
+    there any more.
 
     Raises:
         RecipeError: it is not one, naming every problem.
@@ -130,7 +131,8 @@ def read_saved(path: Path) -> dict[str, Any]:
         raise RecipeError(
             [*problems, f"{path} is not as its run saved it: put a copy back, or make the run anew"]
         )
-    return values
+    defaults = {key: value for key, value in known.defaults.items() if key not in TRANSIENT}
+    return {**defaults, **values}
 
 
 def methods() -> list[str]:

@@ -45,6 +45,10 @@ REFUSED = {
     "logging_nan_inf_filter": "a NaN or infinite loss stops the run here and is never hidden",
     "ignore_data_skip": "a resumed run must see the data an uninterrupted one would",
     "label_smoothing_factor": "the loss never holds whole rows of logits, which smoothing needs",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "losses read hidden states by hooks, which a compiled model may leave out",
+    ),
     "assistant_only_loss": "the loss is on the completion, always",
     "completion_only_loss": "the loss is on the completion, always",
     "deepspeed": "choose the engine with accelerate launch --config_file",

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,21 @@ def _start_wandb(project: str, folder: Path) -> None:
 
     # No copy of the terminal, of code, or of git's remote, whose address may hold a password.
     settings = wandb.Settings(console="off", save_code=False, disable_git=True)
-    with ExitStack() as undo:
-        if not folder.exists():
-            undo.callback(shutil.rmtree, folder)  # wandb writes into it before it refuses
-        folder.mkdir(parents=True, exist_ok=True)  # elsewhere it falls back to another folder
-        try:
-            wandb.init(project=project, name=folder.name, dir=str(folder), settings=settings)
-        except wandb.Error as error:
-            raise UserError(
-                f"report_to: wandb refuses the run: {first_line(error)}\nLog in with `wandb login`, keep it on "
-                "this machine with WANDB_MODE=offline, or use --report_to none"
-            ) from error
-        undo.pop_all()
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)  # elsewhere it falls back to another folder
+    try:
+        wandb.init(project=project, name=folder.name, dir=str(folder), settings=settings)
+    except wandb.Error as error:
+        if made:
+            _take_back(folder)
+        raise UserError(
+            f"report_to: wandb refuses the run: {first_line(error)}\nLog in with `wandb login`, keep it on "
+            "this machine with WANDB_MODE=offline, or use --report_to none"
+        ) from error
+
+
+def _take_back(folder: Path) -> None:
+    """What was made for wandb alone. While it asked for a login, another launch may have begun the run here."""
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()

@@ -1,5 +1,7 @@
 """Only a whole checkpoint is ever resumed."""
 
+import json
+
 import pytest
 
 from medistill_trl.checkpoints import MANIFEST, newest_valid, problem, write_manifest
@@ -61,6 +63,35 @@ def test_saving_the_same_step_again_replaces_the_manifest(checkpoints):
     assert problem(folder)
     write_manifest(folder)
     assert problem(folder) is None
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def split(folder, index):
+    for name in SHARDS:
+        (folder / name).write_bytes(name.encode())
+    (folder / INDEX).write_text(index)
+
+
+@pytest.mark.parametrize("lacking", [None, INDEX, *SHARDS])
+def test_split_weights_are_whole_or_not_taken(checkpoints, lacking):
+    folder = checkpoints / "checkpoint-12"
+    split(folder, json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}))
+    if lacking is not None:
+        (folder / lacking).unlink()
+    write_manifest(folder)
+    found = problem(folder, lambda step: {"model*.safetensors"})
+    assert found == (lacking and f"its manifest lacks {lacking}, which the run goes on from")
+
+
+@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_named(checkpoints, index):
+    folder = checkpoints / "checkpoint-12"
+    split(folder, index)
+    write_manifest(folder)
+    assert problem(folder, lambda step: set()) == f"its {INDEX} cannot be read"
 
 
 def test_no_checkpoint_at_all(tmp_path):

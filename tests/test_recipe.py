@@ -107,6 +107,7 @@ def test_all_problems_at_once_with_file_and_line(tmp_path):
         ("wandb_api_key: abc", "looks like a secret"),
         ("run_name: hf_abcdefghijklmnopqrstuvwxyz", "looks like a secret"),
         ("packing: true", "not supported"),
+        ("torch_compile_mode: default", "read hidden states by hooks"),
         ("auto_find_batch_size: true", "no longer comparable"),
         ("teacher_load_in_8bit: true", "conflicts with teacher_load_in_4bit"),
         ("use_lora: false", "quantised weights cannot be trained"),
@@ -210,6 +211,18 @@ def test_the_resolved_recipe_reproduces_itself(tmp_path):
     assert second.resolved() == first.resolved()
     assert second.output_dir == first.output_dir
     assert yaml.safe_load(first.to_yaml())["output_dir"] == "outputs/sft_x"
+
+
+def test_a_run_begun_before_a_key_was_there_goes_on_with_its_default(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    words = [SFT, "--output_dir", str(run.path)]
+    run.start(recipe.load(words), {})
+    saved = yaml.safe_load(run.recipe.read_text())
+    assert saved.pop("loss_chunk_size") == 256
+    run.recipe.write_text(yaml.safe_dump(saved))
+    run.check(recipe.load([*words, "--resume"]))
+    with pytest.raises(UserError, match="loss_chunk_size: 256 when started, 128 now"):
+        run.check(recipe.load([*words, "--resume", "--loss_chunk_size", "128"]))
 
 
 def test_what_has_no_effect_is_a_warning_not_an_error():

@@ -48,6 +48,18 @@ def test_value_and_gradient_are_those_of_the_plain_formula(tmp_path, changes):
     torch.testing.assert_close(start - weights(setting), gradient, rtol=1e-3, atol=2e-6)
 
 
+def test_another_loss_of_trl_is_trls_and_knows_no_weights(tmp_path):
+    """DFT weighs each token by its probability, so its loss is another one."""
+    first = {}
+    for kind in ("chunked_nll", "nll", "dft"):
+        _, trainer, _ = trained(tmp_path / kind, **ONE_STEP, loss_type=kind)
+        first[kind] = logged(trainer)[0]
+    assert first["nll"] == pytest.approx(first["chunked_nll"], rel=1e-5)
+    assert first["dft"] < first["nll"] / 2
+    with pytest.raises(ValueError, match="loss_type: dft knows no weights"):
+        make_setting(tmp_path, **ONE_STEP, **WEIGHTS, loss_type="dft")
+
+
 def test_by_hand(tmp_path):
     """A student that finds all tokens alike: every CE is log V, whatever the weights."""
     setting = make_setting(tmp_path, **ONE_STEP, **WEIGHTS)

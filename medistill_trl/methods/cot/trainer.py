@@ -51,10 +51,11 @@ class CoTTrainer(SFTTrainer):
         self.own_loss = not self.uniform or (
             self.args.loss_type == "chunked_nll" and not self.aux_loss_enabled
         )
-        # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
-        self.model_accepts_loss_kwargs = True
-        student = self.accelerator.unwrap_model(self.model)
-        OutputHead.of(student).check(student)
+        if self.own_loss:
+            # compute_loss divides by the window's weight itself: Trainer must not divide by its steps.
+            self.model_accepts_loss_kwargs = True
+            student = self.accelerator.unwrap_model(self.model)
+            OutputHead.of(student).check(student)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

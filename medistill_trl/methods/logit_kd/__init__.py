@@ -161,7 +161,9 @@ def _check_stored(arguments: Arguments, loaded: Loaded) -> None:
             f"teacher_logits: online{local}, which compares spans of the same text"
         )
     if loaded.server is not None:
-        check_top_k(loaded.server, min(arguments.training.teacher_logits_top_k, shared))
+        k = min(arguments.training.teacher_logits_top_k, shared)
+        # Tokens that the student lacks may be among the likeliest, and as many more are asked for then.
+        check_top_k(loaded.server, k + len(loaded.teacher_form.tokenizer) - shared)
 
 
 def keeps_teacher(arguments: Arguments) -> bool:
