@@ -232,7 +232,7 @@ def test_without_a_divergence_the_teacher_is_not_looked_at():
     pair = Pair()
     loss, sums = loss_of(pair, 3, alpha=0.0)
     assert_same(pair, loss, F.cross_entropy(pair.logits()[0], pair.targets, reduction="sum"))
-    assert set(sums) == {"ce", "student_entropy", "tokens"}
+    assert set(sums) == {"ce", "student_entropy", "correct", "tokens"}
 
 
 def test_tokens_must_correspond():
