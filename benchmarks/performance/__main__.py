@@ -21,6 +21,7 @@ from medistill_trl.files import write_text
 from medistill_trl.recipe import methods
 
 PARTS = ("steps", "generation", "growth", "data", "evaluation", "startup", "first_step")
+MOST_REPETITIONS = 10  # beside one that warms up, and one for memory
 COMMANDS = ("data", "evaluation", "startup", "first_step")  # in processes of their own
 ROOT = Path(__file__).resolve().parent.parent.parent  # recipes name their files from here
 
@@ -45,8 +46,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part {min(unknown)}; one of {', '.join(PARTS)}")
-    if given.repetitions < 1:
-        parser.error(f"--repetitions must be at least 1, got {given.repetitions}")
+    if not 1 <= given.repetitions <= MOST_REPETITIONS:
+        parser.error(
+            f"--repetitions must be from 1 to {MOST_REPETITIONS}, which three epochs of 16 prompts have room for, "
+            f"got {given.repetitions}"
+        )
     given.parts = given.parts or list(PARTS)
     return given
 
