@@ -198,7 +198,11 @@ def test_evaluations_start_from_an_empty_store(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["nothing"], "no part nothing"), (["steps", "--repetitions", "0"], "at least 1, got 0")],
+    [
+        (["nothing"], "no part nothing"),
+        (["steps", "--repetitions", "0"], "must be from 1 to 10"),
+        (["steps", "--repetitions", "11"], "must be from 1 to 10"),
+    ],
 )
 def test_a_wrong_command_is_refused(words, said, capsys):
     assert main(words) != 0
