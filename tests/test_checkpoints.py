@@ -1,10 +1,11 @@
 """Only a whole checkpoint is ever resumed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from medistill_trl.checkpoints import MANIFEST, newest_valid, problem, write_manifest
+from medistill_trl.checkpoints import MANIFEST, files_of, newest_valid, problem, write_manifest
 
 
 @pytest.fixture
@@ -92,6 +93,20 @@ def test_an_index_that_is_none_is_named(checkpoints, index):
     split(folder, index)
     write_manifest(folder)
     assert problem(folder, lambda step: set()) == f"its {INDEX} cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("config", "kept_apart"),
+    [({}, True), ({"optimizer": {"type": "Adam"}}, False), ({"scheduler": {}}, False)],
+)
+def test_a_deepspeed_config_may_keep_the_schedule_to_itself(config, kept_apart):
+    """DeepSpeed is not installed in these tests: what is read of a trainer that uses it."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(world_size=2), model=None, is_fsdp_enabled=False, is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(state=state),
+    )  # fmt: skip
+    assert ("scheduler.pt" in files_of(trainer, 4)) == kept_apart
 
 
 def test_no_checkpoint_at_all(tmp_path):

@@ -271,6 +271,15 @@ def test_a_server_that_gives_too_little_is_refused_before_anything_is_loaded(tmp
     assert time.monotonic() - start < 15
 
 
+def test_tokens_that_the_student_lacks_are_asked_for_beforehand(tmp_path):
+    """Three of them may be among the likeliest, so the server has to give three more than are kept."""
+    setting = make_setting(tmp_path, extra_tokens=3)
+    with serving(answers_of(setting, max_logprobs=20)) as server:
+        check(server.url, setting.teacher.form, teacher_logits_top_k=17)
+        with pytest.raises(UserError, match="asked for 21 prompt_logprobs"):
+            check(server.url, setting.teacher.form, teacher_logits_top_k=18)
+
+
 def test_a_vocabulary_smaller_than_k_is_asked_for_whole(tmp_path):
     setting = make_setting(tmp_path)
     with serving(answers_of(setting, max_logprobs=600)) as server:

@@ -93,6 +93,18 @@ def fresh_wandb(monkeypatch, tmp_path):
     wandb.teardown()
 
 
+def test_only_what_was_made_for_wandb_is_taken_back(tmp_path):
+    """Another launch may have begun the run while it asked for a login."""
+    for name in ("new", "begun"):
+        (tmp_path / name / "wandb").mkdir(parents=True)
+        (tmp_path / name / "wandb/debug.log").touch()
+    (tmp_path / "begun/recipe.yaml").touch()
+    for name in ("new", "begun"):
+        trackers._take_back(tmp_path / name)
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["recipe.yaml"]
+
+
 @needs_wandb
 def test_where_wandb_refuses_nothing_is_left_of_a_folder_made_for_it(tmp_path, fresh_wandb):
     known = tmp_path / "known"

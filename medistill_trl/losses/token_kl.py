@@ -5,8 +5,8 @@
 over completion tokens t, with CE at temperature 1 and the divergence D between the two models'
 distributions at temperature T_t (Hinton et al. 2015, arXiv 1503.02531). `chunked` says how.
 
-Sums for the log: `tokens`, `ce`, `student_entropy`; if α = 0, `correct` (the target is the likeliest token); if α > 0, `teacher_entropy`, `kl` (forward, at temperature
-1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token), with a fold
+Sums for the log: `tokens`, `ce`, `student_entropy`; if α = 0, `correct` (the target is the likeliest token);
+if α > 0, `teacher_entropy`, `kl` (forward, at temperature 1), `divergence` (at the temperature used, without α, w and T²), `agreed` (same likeliest token), with a fold
 `teacher_shared_mass` (the teacher's probability of tokens that both have); and if temperatures differ,
 `temperature` (sum), `temperature_min`, `temperature_max`, and for a rule with bounds `clipped_low`,
 `clipped_high` (counts of tokens at a bound).

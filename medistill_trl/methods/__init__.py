@@ -64,7 +64,8 @@ class Method:
             weights are loaded, in a dry run too.
         across_tokenizers: A white-box method that can compare models of different tokenizers too, over
             spans (see `spans`).
-        engines: That it is proven on beside DDP; names of `engines`. None before a test has shown it.
+        engines: That it is proven on beside DDP; names of `engines`. None before a test has shown it; FSDP2,
+            which no machine here can start, warns.
         engine_note: Why not on the others, for the message that refuses them.
         shards_teacher: All processes ask the teacher equally often and let it finish, so that its weights can
             be shared out.
